@@ -11,7 +11,6 @@ from .codecs import Codec
 from .manifest import Datasets, ShardRecord, make_layout
 from .shards import Arrays, Shard
 
-MAX_AXES = 4096  # dimensions up to which principal axes are computed: 134 MB, some 20 s
 _LEAST_SPREAD = 0.02  # as a share of the largest standard deviation
 
 
@@ -35,24 +34,17 @@ def measure_outputs(
     """
     records = [shard for shard in shards if shard.split == "train" and shard.draw == 0 and shard.has_logits]
     rows = sum(record.rows for record in records)
-    total: NDArray[np.float64] = np.zeros(0)
-    for record in records:
-        values = _read(folder, record, datasets, codec)
-        total = values.sum(0) + (total if len(total) else 0)
-    mean = total / rows
+    mean = np.sum([_read(folder, record, datasets, codec).sum(0) for record in records], 0) / rows
     products: NDArray[np.float64] = np.zeros((len(mean), len(mean)) if with_axes else len(mean))
     for record in records:
         centred = _read(folder, record, datasets, codec) - mean
         products += centred.T @ centred if with_axes else np.square(centred).sum(0)
     variance = (np.diagonal(products) if with_axes else products) / rows
-    spread = np.sqrt(variance)
-    std = _limit_spread(spread)
-    arrays: Arrays = {"mean": mean.astype("<f4"), "std": std.astype("<f4")}
+    arrays: Arrays = {"mean": mean.astype("<f4"), "std": _limit_spread(np.sqrt(variance)).astype("<f4")}
     if with_axes:
         variances, vectors = np.linalg.eigh(products / rows)
         axes = vectors[:, ::-1]
-        spread = np.sqrt(np.maximum(variances[::-1], 0))
-        arrays["axis_std"] = _limit_spread(spread).astype("<f4")
+        arrays["axis_std"] = _limit_spread(np.sqrt(np.maximum(variances[::-1], 0))).astype("<f4")
         largest = axes[np.abs(axes).argmax(0), np.arange(len(mean))]
         arrays["axes"] = np.ascontiguousarray(axes * np.sign(largest), "<f4")
     return arrays

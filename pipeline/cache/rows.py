@@ -46,7 +46,7 @@ class RowReader:
 
     Attributes:
         labels: {split: hard targets of N rows} of the transfer set. Shards that are opened from then on must have
-        these labels.
+            these labels.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, seed: int, codec: Codec):

@@ -286,8 +286,9 @@ class CacheWriter:
         """Build the manifest of all that the cache now holds.
 
         Args:
-            head: The teacher's last linear layer, or the statistics of its embedding, where there is one. A cache
-            that grows keeps its own. labelled_rows: {split: rows with a label}.
+            head: The teacher's last linear layer, or the statistics of its embedding, where there is one. A cache that
+                grows keeps its own.
+            labelled_rows: {split: rows with a label}.
             versions: Of the libraries, for a new cache.
         """
         plan, previous = self.plan, self.previous

@@ -28,12 +28,10 @@ def make_context(teachers: TeacherEnsemble, classes: int, labels: HardTargets, h
     """
     task = teachers.members[0].task
     statistics: dict[str, Any] = {}
-    if task == EMBEDDING and len(teachers.members) > 1:
+    if task == EMBEDDING:
         arrays: list[dict[str, Any]] = [member.read_head_arrays() for member in teachers.members]
-        statistics = {"members": tuple(LossContext(**of_member) for of_member in arrays)}
-        classes = int(labels.max(initial=-1)) + 1
-    elif task == EMBEDDING:
-        statistics = teachers.members[0].read_head_arrays()
+        members = tuple(LossContext(**of_member) for of_member in arrays)
+        statistics = {"members": members} if len(members) > 1 else arrays[0]
         classes = int(labels.max(initial=-1)) + 1
     elif task == NUMBERS:
         statistics = dict(zip(("mean", "std"), measure_numbers(teachers, labels), strict=True))

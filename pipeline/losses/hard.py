@@ -38,7 +38,7 @@ def cross_entropy_rows(
 
 
 def masked_mean(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Compute the mean of the rows [B] for which the mask, bool [B], is true; 0 when it is true for none."""
+    """Compute the mean of the terms [B] or [B, K] for which the mask, bool, is true; 0 when it is true for none."""
     return (rows * mask).sum() / mask.sum().clamp(min=1)
 
 

@@ -44,6 +44,13 @@ class NumberLoss(Loss):
         """Divide differences [B, D] by the standard deviation of each output."""
         return difference / part.std.to(difference.dtype) if isinstance(part, NumberScale) else difference
 
+    def compare_with_labels(
+        self, student: ModelOutputs, batch: Batch, part: nn.Module | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the standardised differences from the hard numbers [B, D], and which of these are known."""
+        targets, known = mix_labels(batch, student.logits.dtype)
+        return self.standardize(student.logits - targets, part), known
+
 
 @dataclass(frozen=True)
 class MSE(NumberLoss):
@@ -62,9 +69,8 @@ class MSE(NumberLoss):
     needs_logits: ClassVar[bool] = False
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
-        targets, known = mix_labels(batch, student.logits.dtype)
-        difference = self.standardize(student.logits - targets, part)
-        return (difference.square() * known).sum() / known.sum().clamp(min=1)
+        difference, known = self.compare_with_labels(student, batch, part)
+        return masked_mean(difference.square(), known)
 
 
 @dataclass(frozen=True)
@@ -89,10 +95,9 @@ class Huber(NumberLoss):
     needs_logits: ClassVar[bool] = False
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
-        targets, known = mix_labels(batch, student.logits.dtype)
-        difference = self.standardize(student.logits - targets, part)
+        difference, known = self.compare_with_labels(student, batch, part)
         terms = F.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=to_float(self.delta))
-        return (terms * known).sum() / known.sum().clamp(min=1)
+        return masked_mean(terms, known)
 
 
 @dataclass(frozen=True)

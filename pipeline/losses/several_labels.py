@@ -11,6 +11,7 @@ from softcache.data.tasks import LABELS
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 
 from .base import Loss, Ramp, to_float
+from .hard import masked_mean
 from .kd import teacher_logits, weighted_mean
 
 
@@ -82,7 +83,7 @@ class BCE(Loss):
         targets, known = mix_labels(batch, student.logits.dtype)
         positive = part.positive.to(student.logits.dtype) if isinstance(part, LabelWeights) else None
         terms = F.binary_cross_entropy_with_logits(student.logits, targets, pos_weight=positive, reduction="none")
-        return (terms * known).sum() / known.sum().clamp(min=1)
+        return masked_mean(terms, known)
 
 
 def sigmoid_kl(z_s: torch.Tensor, z_t: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -199,4 +200,4 @@ class Asymmetric(Loss):
             m = torch.where(is_above, log_p.exp() - clip, 0.5)
             negative = torch.where(is_above, -(to_float(self.gamma_neg) * m.log()).exp() * torch.log1p(-m), 0.0)
         terms = targets * positive + (1 - targets) * negative
-        return (terms * known).sum() / known.sum().clamp(min=1)
+        return masked_mean(terms, known)

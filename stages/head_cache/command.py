@@ -18,8 +18,7 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import HeadConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import format_command
-from softcache.stages.runs.data import has_labels, load_cache_data
-from softcache.stages.runs.figures import Figures
+from softcache.stages.runs.data import format_teacher_accuracies, load_cache_data
 from softcache.stages.runs.output_folder import check_output_folder
 from softcache.stages.teacher_cache.cache_readme import describe_fidelity
 
@@ -145,11 +144,7 @@ def _print_report(manifest: Manifest, out: str, how: str, config: HeadConfig, co
     }
     if config.json:
         return console.print_json(json.dumps(record))
-    accuracy = ", ".join(
-        f"{split} {Figures(figures).format('accuracy')}"
-        for split, figures in manifest.teacher.items()
-        if has_labels(manifest, split)
-    )
+    accuracy = format_teacher_accuracies(manifest)
     console.print(f"head:    {how}")
     console.print(f"cache:   {out} ({manifest.fingerprint[:12]}), {manifest.count_views():,} rows")
     console.print(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}")

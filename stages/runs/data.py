@@ -32,6 +32,15 @@ def load_cache_data(cache: CacheReader, data: str, root: Path, index: ContentInd
         raise CacheError(f"{error}\nMake a cache of these data with  {command}") from None
 
 
+def format_teacher_accuracies(manifest: Manifest) -> str:
+    """Format the teacher's accuracy on each split that has labels, `train 1.0000, val 0.9944`; "" where none has."""
+    return ", ".join(
+        f"{split} {Figures(figures).format('accuracy')}"
+        for split, figures in manifest.teacher.items()
+        if has_labels(manifest, split)
+    )
+
+
 def has_labels(manifest: Manifest, split: str) -> bool:
     """Whether a split of a cache has labels, by its manifest: no image is read."""
     return Figures(manifest.teacher.get(split) or {}).has_labels()

@@ -25,7 +25,8 @@ class SplitLogits:
     Attributes:
         logits: float32 [N, K], in row order.
         labels: int64 [N], in row order, -1 where there is none; or the hard targets of another task, see
-        data/tasks.py. content: digest of the split's images and labels, equal for equal rows.
+            data/tasks.py.
+        content: digest of the split's images and labels, equal for equal rows.
         classes: names of the classes, in the order of the logits; of an embedding, those of the labels.
         task: what the hard targets and the logits are.
     """

@@ -18,8 +18,7 @@ from softcache.stages.cli.configs import CacheConfig, StudentConfig
 from softcache.stages.cli.console import Console, format_duration
 from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.distributed import ranks
-from softcache.stages.runs.data import has_labels
-from softcache.stages.runs.figures import Figures
+from softcache.stages.runs.data import format_teacher_accuracies, has_labels
 
 from .cache_readme import describe_fidelity
 from .preparation import fill_defaults, prepare_cache, suggest_other_command
@@ -70,11 +69,7 @@ def _print_report(manifest: Manifest, config: CacheConfig, console: Console) -> 
     }
     if config.json:
         return console.print_json(json.dumps(record))
-    accuracy = ", ".join(
-        f"{split} {Figures(figures).format('accuracy')}"
-        for split, figures in manifest.teacher.items()
-        if has_labels(manifest, split)
-    )
+    accuracy = format_teacher_accuracies(manifest)
     draws = f"{manifest.draws} draw{'s' if manifest.draws > 1 else ''}"
     console.print(
         f"cache:   {config.out} ({manifest.fingerprint[:12]}), {draws} of {manifest.splits['train']:,} views"

@@ -126,14 +126,7 @@ def _load_custom(config: CacheConfig, transfer_set: TransferSet, views: ViewPoli
     classes = len(transfer_set.classes)
     value = load_callable(config.teacher, classes, input_spec.input_shape)
     if not isinstance(value, nn.Module):
-        return prepare_callable(
-            value,
-            config.teacher,
-            transfer_set.classes,
-            input_spec,
-            is_normalized=bool(config.normalize),
-            task=transfer_set.task,
-        )
+        return _prepare_function(value, config, transfer_set, input_spec)
     if not config.weights:
         return None
     network = build(
@@ -146,6 +139,20 @@ def _load_custom(config: CacheConfig, transfer_set: TransferSet, views: ViewPoli
         shape=input_spec.shape,
     )
     return PreparedModel(network, input_spec)
+
+
+def _prepare_function(
+    function: Any, config: CacheConfig, transfer_set: TransferSet, input_spec: InputSpec
+) -> PreparedModel:
+    """Prepare a function or an estimator, see prepare_callable."""
+    return prepare_callable(
+        function,
+        config.teacher,
+        transfer_set.classes,
+        input_spec,
+        is_normalized=bool(config.normalize),
+        task=transfer_set.task,
+    )
 
 
 def prepare_live_teacher(
@@ -165,14 +172,7 @@ def prepare_live_teacher(
     input_spec = _use_teacher_size(make_input_spec(config.normalize or "data", transfer_set, views), config)
     classes = len(transfer_set.classes)
     if not isinstance(network, nn.Module):
-        return prepare_callable(
-            network,
-            config.teacher,
-            transfer_set.classes,
-            input_spec,
-            is_normalized=bool(config.normalize),
-            task=transfer_set.task,
-        )
+        return _prepare_function(network, config, transfer_set, input_spec)
     if config.class_map:  # the number of its classes, for messages and where it returns several tensors
         classes = count_outputs(network.state_dict(), config.teacher)
     copied = build(
