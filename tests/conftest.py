@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.helpers import task_runs
 from tests.helpers.commands import Stages, tiny_cache_command
+from tests.helpers.embeddings import make_embedding_caches
 from tests.helpers.paths import ROOT
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -137,3 +138,16 @@ def save_image() -> Callable[..., Image.Image]:
         return image
 
     return save
+
+
+@pytest.fixture(scope="session")
+def embedding_caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `make_embedding_caches`. To be read."""
+    return make_embedding_caches(tmp_path_factory.mktemp("embeddings"))
+
+
+@pytest.fixture
+def embedding_folder(embedding_caches: Path, tmp_path: Path, stages: Stages) -> Path:
+    """A copy of it, in which the commands are called."""
+    shutil.copytree(embedding_caches, tmp_path, dirs_exist_ok=True)
+    return tmp_path

@@ -1,7 +1,6 @@
 """`head-cache`: the rows, keys and identity of what it makes, and what it refuses."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +14,17 @@ from softcache.data.sampling import draw_stratified
 from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers.commands import Stages
 from tests.helpers.damage import flip_bit
-from tests.helpers.embeddings import DIGITS, make_embedding_caches
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_embedding_caches(tmp_path_factory.mktemp("embeddings"))
+from tests.helpers.embeddings import DIGITS
 
 
 @pytest.fixture
-def folder(made: Path, tmp_path: Path, stages: Stages) -> Path:
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+def folder(embedding_folder: Path) -> Path:
+    """The caches, and files of heads."""
     weight = np.random.default_rng(0).normal(size=(10, 12))
     np.savez("h.npz", weight=weight, bias=np.arange(10.0))
     np.savez("narrow.npz", weight=weight[:, :3])
     np.savez("large.npz", weight=1e6 * weight)
-    return tmp_path
+    return embedding_folder
 
 
 def test_a_probe_makes_a_complete_cache_of_the_same_rows(folder: Path, stages: Stages) -> None:

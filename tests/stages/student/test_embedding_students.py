@@ -1,7 +1,6 @@
 """Students of embeddings: their width, the projection that is trained with them, and several teachers."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,20 +8,13 @@ import torch
 from torch import nn
 
 from tests.helpers.commands import Stages
-from tests.helpers.embeddings import make_embedding_caches
 
 STUDENT = ("student", "--arch", "mlp:8", "--epochs", 2, "--cache", "a")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_embedding_caches(tmp_path_factory.mktemp("embeddings"))
-
-
 @pytest.fixture
-def folder(made: Path, tmp_path: Path, stages: Stages) -> Path:
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    return tmp_path
+def folder(embedding_folder: Path) -> Path:
+    return embedding_folder
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:

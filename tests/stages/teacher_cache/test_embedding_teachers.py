@@ -12,20 +12,14 @@ from softcache.pipeline.models import build
 from tests.helpers.caches import read_payloads
 from tests.helpers.commands import Stages
 from tests.helpers.damage import flip_bit
-from tests.helpers.embeddings import DIGITS, make_embedding_caches
+from tests.helpers.embeddings import DIGITS
 
 TEACHER = ("--teacher", "mlp:12", "--weights", "a.pth", "--axes", "--views", "crop:pad=1")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_embedding_caches(tmp_path_factory.mktemp("embeddings"))
-
-
 @pytest.fixture
-def folder(made: Path, tmp_path: Path, stages: Stages) -> Path:
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    return tmp_path
+def folder(embedding_folder: Path) -> Path:
+    return embedding_folder
 
 
 def test_resnet20_stores_64_numbers_a_view(stages: Stages, tmp_path: Path) -> None:
