@@ -83,6 +83,7 @@ test: $(INSTALLED) ## the default tests, by as many processes as there are proce
 browser: $(INSTALLED) ## the tests of the report in a browser; needs chromium
 	@command -v chromium > /dev/null || { echo "Error: there is no chromium: apt-get install chromium" >&2; exit 2; }
 	$(PY) -m pytest -m browser tests/stages/report/test_report_in_browser.py
+	$(PY) -m pytest -m browser tests/stages/report/test_report_tasks_in_browser.py
 
 slow: $(INSTALLED) ## the long tests, on real data where they are present
 	$(PY) -m pytest -m slow
