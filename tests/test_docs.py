@@ -35,7 +35,7 @@ RUN_PAGES = [
     if any(b.page == page and b.language in ("sh", "python") and b.mode == "" for b in BLOCKS)
 ]
 SLOW_PAGES = [page for page in DOCUMENTS if any(b.page == page and b.mode == "slow" for b in SHELL)]
-EXAMPLES = sorted((ROOT / "examples").glob("*.sh"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.sh"))
 
 
 # Blocks
