@@ -16,7 +16,7 @@ from softcache.stages.training.schedule import LearningRateSchedule
 
 from . import fixtures
 from .measurement import BenchOptions, Measurement
-from .student import TrainingLoop, make_run, write_cifar_cache, write_mnist_cache
+from .student import TrainingLoop, build_sgd, make_run, write_cifar_cache, write_mnist_cache
 from .timing import Contender, divide, format_medians, time_in_turns
 
 
@@ -34,14 +34,7 @@ class OwnLoop:
         self.student = setup.build_student(config, setup.losses).to(setup.device)
         if any(isinstance(module, nn.Conv2d) for module in self.student.modules()):
             self.student = self.student.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            self.student.parameters(),
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizer = build_sgd(config, self.student.parameters())
         schedule = LearningRateSchedule(config, 1000 * len(self.loader))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
 

@@ -6,6 +6,7 @@ another contender is timed.
 """
 
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,9 @@ from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.cli.option_groups import TrainingOptions
 from softcache.stages.student.phases import make_training_run
 from softcache.stages.student.setup import DistillationSetup
-from softcache.stages.training.checkpoint import TrainState
 from softcache.stages.training.loop import WORTH_THREADS, _begin_epoch, _start, step_each
 from softcache.stages.training.run import TrainingRun
 
@@ -86,6 +87,18 @@ class TrainingLoop:
             return replace(batch, logits=teacher(batch.views))
 
 
+def build_sgd(config: TrainingOptions, weights: Iterable[nn.Parameter]) -> torch.optim.SGD:
+    """Build the optimiser of the options as a user's own loop has it."""
+    return torch.optim.SGD(
+        weights,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
 class BareLoop:
     """A contender: a minimal loop written for one model alone, with hard targets, over views rendered beforehand.
 
@@ -98,23 +111,24 @@ class BareLoop:
         batches = list(run.stream.batches(0, steps))
         self.views = [batch.views.to(run.device) for batch in batches]
         self.labels = [batch.labels.to(run.device) for batch in batches]
-        self.run, self.state = run, TrainState.create(run.model, nn.ModuleDict(), run.config, run.schedule)
+        self.run, self.optimizer = run, build_sgd(run.config, run.model.parameters())
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, run.schedule)
         # As many threads as softcache's loop takes: with two, a step of mlp:64 is no faster on an idle machine, and
         # slower on a busy one.
         self.threads = 1 if run.multiply_adds * run.stream.batch_size < WORTH_THREADS else torch.get_num_threads()
 
     def __call__(self) -> float:
         torch.set_num_threads(self.threads)
-        run, state = self.run, self.state
+        run = self.run
         images, start = 0, time.perf_counter()
         run.model.train()
         for views, labels in zip(self.views, self.labels, strict=True):
             with autocast(run.device, run.config.precision):
                 loss = F.cross_entropy(run.model(views), labels)
-            state.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            state.optimizer.step()
-            state.schedule.step()
+            self.optimizer.step()
+            self.schedule.step()
             images += len(views)
         loss.item()
         return (time.perf_counter() - start) / images

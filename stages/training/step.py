@@ -72,7 +72,7 @@ def train_step(training: ActiveTraining, batch: Batch, measure_gradients: bool =
             logits = training.model(batch.views)
         outputs = run.criterion.collect_outputs(logits)
     else:
-        outputs, batch = parallel.forward(batch, state.schedule.last_epoch)
+        outputs, batch = parallel.forward(batch, state.steps)
 
     terms = run.criterion.weighted_terms(outputs, batch)
     norms = _start_gradient_norms(training, terms) if measure_gradients else None
@@ -86,8 +86,7 @@ def train_step(training: ActiveTraining, batch: Batch, measure_gradients: bool =
         training.gradient_norms = norms.complete()
     if run.config.clip_norm:
         nn.utils.clip_grad_norm_(state.weights, run.config.clip_norm)
-    state.optimizer.step()
-    state.schedule.step()
+    state.update_weights()
     if state.averaged_model is not None:
         state.averaged_model.update_parameters(run.model)
     return torch.stack([term.detach() for term in terms])

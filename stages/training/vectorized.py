@@ -310,8 +310,7 @@ def _step(
         norms[largest] = (gradient - others).norm(dim=1)
     if run.config.clip_norm:
         _clip_gradients(state.weights, run.config.clip_norm)
-    state.optimizer.step()
-    state.schedule.step()
+    state.update_weights()
     return terms.detach()
 
 

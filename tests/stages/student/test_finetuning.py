@@ -34,7 +34,7 @@ def record_steps(patch: pytest.MonkeyPatch, stop_at: int = 0) -> list[tuple[str,
     def record_step(active: ActiveTraining, *rest: Any) -> torch.Tensor:
         if len(steps) + 1 == stop_at:
             raise KeyboardInterrupt
-        rate = active.state.optimizer.param_groups[0]["lr"]
+        rate = active.state.learning_rate
         steps.append((active.run.name, tuple(loss.name for loss in active.run.criterion.losses), rate))
         return train_step(active, *rest)
 

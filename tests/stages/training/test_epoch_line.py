@@ -55,7 +55,7 @@ class Before:
         def noting(active: ActiveTraining, batch: Any, measure_gradients: bool) -> torch.Tensor:
             if measure_gradients:
                 parts = {name: p for part in active.state.parts.values() for name, p in part.named_parameters()}
-                rate = active.state.optimizer.param_groups[0]["lr"]
+                rate = active.state.learning_rate
                 network = dict(active.run.model.network.named_parameters())
                 self.steps.append((batch, self._doubled(network), self._doubled(parts), rate))
             return step(active, batch, measure_gradients)
