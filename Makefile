@@ -94,9 +94,10 @@ torture: $(INSTALLED) ## kills, flipped bits, hostile files, full disks: the ful
 bench: $(BENCH_INSTALLED) ## measure every claim about speed and size as a ratio: ROW=name,name DATA_ROOT= CIFAR= WEIGHTS=
 	$(PY) -m bench $(foreach name,$(GIVEN),--$(shell echo $(name) | tr A-Z_ a-z-) '$($(name))')
 
-docs: $(INSTALLED) ## write the generated documents anew: command line, Python, benchmarks
+docs: $(INSTALLED) ## write the generated documents anew: command line, Python, losses, benchmarks
 	$(PY) docs/make_cli_reference.py
 	$(PY) docs/make_api_reference.py
+	$(PY) docs/make_loss_list.py
 	$(PY) -m bench.document
 
 check: lint test ## lint and test

@@ -1,9 +1,6 @@
 """softcache as a library: its public names, what importing it costs, and that it changes nothing of its caller."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +8,8 @@ import pytest
 import softcache
 from softcache import losses
 from softcache.pipeline.losses import LOSSES
+from tests.helpers.commands import run_python
 from tests.helpers.paths import ROOT
-
-
-def run_python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_the_public_names_are_a_contract() -> None:

@@ -1,11 +1,13 @@
-"""Classification metrics: what a result reports about a model's logits on a split."""
+"""Classification metrics: what a result reports about a model's logits on a split.
+
+In NumPy, with the definitions of scikit-learn: importing that takes 1.2 s, a third of a small student's run.
+"""
 
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn import metrics as sk
 
 from softcache.base.errors import UsageError
 from softcache.data.transfer_set import Labels
@@ -134,12 +136,13 @@ def _compute_label_metrics(logits: NDArray[np.floating], log_p: Floats, labels: 
     """Compute the metrics that need labels. Predictions are read from the logits: rounding can tie probabilities."""
     p, predicted, K = np.exp(log_p), logits.argmax(1), log_p.shape[1]
     one_hot = np.eye(K)[labels]
-    present = np.unique(labels)
-    precision, recall, f1, support = sk.precision_recall_fscore_support(
-        labels, predicted, labels=np.arange(K), zero_division=0
-    )
+    support, claims, hits = (np.bincount(x, minlength=K) for x in (labels, predicted, labels[labels == predicted]))
+    present = support > 0
+    precision, recall = hits / np.maximum(claims, 1), hits / np.maximum(support, 1)
+    f1 = 2 * hits / np.maximum(claims + support, 1)
+    areas = [compute_auroc(p[:, k], labels == k) for k in range(K)] if present.all() and K > 1 else []
     return {
-        "accuracy": float(sk.accuracy_score(labels, predicted)),
+        "accuracy": float((predicted == labels).mean()),
         "top5": float((rank_labels(logits, labels) < 5).mean()) if K > 5 else None,
         "nll": mean_nll(log_p, labels),
         "brier": float(((p - one_hot) ** 2).sum(1).mean()),
@@ -147,8 +150,8 @@ def _compute_label_metrics(logits: NDArray[np.floating], log_p: Floats, labels: 
         "precision_macro": float(precision[present].mean()),
         "recall_macro": float(recall[present].mean()),
         "f1_macro": float(f1[present].mean()),
-        "f1_weighted": float(sk.f1_score(labels, predicted, average="weighted", zero_division=0)),
-        "auroc_macro": float(sk.roc_auc_score(one_hot, p, average="macro")) if len(present) == K > 1 else None,
+        "f1_weighted": float((f1 * support).sum() / len(labels)),
+        "auroc_macro": float(np.mean(areas)) if areas else None,
         "per_class": {
             "precision": _mask_absent_classes(support, precision),
             "recall": _mask_absent_classes(support, recall),
@@ -159,6 +162,20 @@ def _compute_label_metrics(logits: NDArray[np.floating], log_p: Floats, labels: 
         if K <= _MAX_MATRIX_CLASSES
         else None,
     }
+
+
+def compute_auroc(scores: NDArray[np.floating], is_positive: NDArray[np.bool_]) -> float:
+    """Compute the area under the ROC curve: the share of pairs of a positive and another row in the right order.
+
+    Args:
+        scores: float [N]; of equal scores, half a pair is in the right order.
+        is_positive: bool [N], with at least one row of each kind.
+    """
+    _, place, rows = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(rows) - (rows - 1) / 2)[place]
+    positive = int(is_positive.sum())
+    above = ranks[is_positive].sum() - positive * (positive + 1) / 2
+    return float(above / (positive * (len(scores) - positive)))
 
 
 def _mask_absent_classes(support: Labels, values: Floats) -> list[float | None]:

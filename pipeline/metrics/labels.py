@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn import metrics as sk
 
 from softcache.base.errors import UsageError
 from softcache.data.tasks import find_known
 
 from .arrays import Array, check_outputs, mean_of_known, to_numpy
+from .classification import compute_auroc
 from .distances import binary_kl
 
 Floats = NDArray[np.float64]
@@ -124,7 +124,8 @@ def _compute_label_metrics(z: Floats, y: NDArray[Any]) -> dict[str, Any]:
     areas: list[float | None] = []
     for k in range(y.shape[1]):
         labels, scores = y[is_known[:, k], k], z[is_known[:, k], k]
-        areas.append(float(sk.roc_auc_score(labels, scores)) if (labels == 1).any() and (labels == 0).any() else None)
+        is_known_area = (labels == 1).any() and (labels == 0).any()
+        areas.append(compute_auroc(scores, labels == 1) if is_known_area else None)
     return {
         "map": mean_of_known(precisions),
         "nll": _mean_nll(z, y),
@@ -136,11 +137,12 @@ def _compute_label_metrics(z: Floats, y: NDArray[Any]) -> dict[str, Any]:
 
 def _average_precisions(z: Floats, y: NDArray[Any]) -> list[float | None]:
     """Compute the average precision of each label [K]; None of one without a positive row."""
+    from sklearn.metrics import average_precision_score  # not at the top: classes need none of it, see classification
+
     is_known = y >= 0
     columns = [(y[is_known[:, k], k], z[is_known[:, k], k]) for k in range(y.shape[1])]
     return [
-        float(sk.average_precision_score(labels, scores)) if (labels == 1).any() else None
-        for labels, scores in columns
+        float(average_precision_score(labels, scores)) if (labels == 1).any() else None for labels, scores in columns
     ]
 
 

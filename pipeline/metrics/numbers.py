@@ -4,8 +4,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
-from sklearn import metrics as sk
 
 from softcache.base.errors import UsageError
 from softcache.data.tasks import find_known
@@ -74,11 +72,14 @@ def _compute_metrics(outputs: Floats, numbers: Floats) -> dict[str, float | None
     """Compute the metrics of one output [n]; None for each where nothing is known of it."""
     if not len(numbers):
         return dict.fromkeys(_NAMES)
+    from scipy.stats import spearmanr  # not at the top: they take 1 s to import, and students of classes need neither
+    from sklearn.metrics import r2_score
+
     varies = len(numbers) > 1 and bool(np.ptp(numbers) > 0)
     ranks_vary = varies and bool(np.ptp(outputs) > 0)
     return {
         "mae": float(np.abs(outputs - numbers).mean()),
         "rmse": float(np.sqrt(np.square(outputs - numbers).mean())),
-        "r2": float(sk.r2_score(numbers, outputs)) if varies else None,
+        "r2": float(r2_score(numbers, outputs)) if varies else None,
         "spearman": float(spearmanr(outputs, numbers).statistic) if ranks_vary else None,
     }

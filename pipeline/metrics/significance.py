@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csc_array
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -170,6 +169,8 @@ def _count_classes(columns: Floats, classes: Ints, K: int) -> Floats:
         classes: [G], the class 0 … K - 1 of each group.
     """
     G = len(classes)
+    from scipy.sparse import csc_array
+
     one_hot = csc_array((np.ones(G), classes, np.arange(G + 1)), shape=(K, G))
     in_classes: Floats = one_hot @ columns
     return in_classes.T

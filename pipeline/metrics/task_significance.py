@@ -4,11 +4,13 @@ mAP and F1 are no means over rows, so each resample computes them anew, from how
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 from softcache.data.tasks import EMBEDDING, LABELS, NUMBERS, HardTargets, find_known_entries
 
@@ -134,13 +136,15 @@ def _make_label_metric(logits: Floats, labels: HardTargets) -> Metric:
     return metric
 
 
-def _rank_label(scores: Floats, labels: NDArray[Any]) -> tuple[csr_array, csr_array]:
+def _rank_label(scores: Floats, labels: NDArray[Any]) -> "tuple[csr_array, csr_array]":
     """Group the known rows of a label by falling score; groups end at a score that a positive row has.
 
     Returns:
         Two matrices [G, N] that sum, over the rows of each of the G groups, all rows and the positive ones. Rows below
         the last positive one are in no group.
     """
+    from scipy.sparse import csr_array
+
     rows = np.flatnonzero(labels >= 0)
     rows = rows[np.argsort(-scores[rows], kind="stable")]
     thresholds = np.unique(scores[rows[labels[rows] == 1]])  # rising
@@ -155,7 +159,7 @@ def _rank_label(scores: Floats, labels: NDArray[Any]) -> tuple[csr_array, csr_ar
     return matrices[0], matrices[1]
 
 
-def _average_precision(all_rows: csr_array, positive_rows: csr_array, counts: Floats) -> Floats:
+def _average_precision(all_rows: "csr_array", positive_rows: "csr_array", counts: Floats) -> Floats:
     """Compute the average precision of one label in each resample, [R], NaN without a positive row.
 
     Source:

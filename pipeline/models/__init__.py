@@ -11,14 +11,17 @@ May import base, pipeline.batch and pipeline.taps. Begin with the table MODELS, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.user_code import is_out_of_memory, user_code
@@ -188,7 +191,7 @@ def check_arch(arch: str) -> None:
     elif name in LIBRARIES and argument:
         LIBRARIES[name][1](argument)
     else:
-        with torch.random.fork_rng(devices=()), torch.device("meta"):
+        with _without_values():
             build(arch, 10, 3, 224)
 
 
@@ -202,10 +205,26 @@ def list_arch_layers(arch: str) -> list[str]:
     if arch.partition(":")[0] not in MODELS:
         return []
     try:
-        with torch.random.fork_rng(devices=()), torch.device("meta"):
+        with _without_values():
             return list_layers(build(arch, 10, 3, 224))
     except UsageError:  # a network of torchvision that takes images of another size
         return []
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Build networks without memory and without values inside `with`."""
+    with torch.random.fork_rng(devices=()), torch.device("meta"), _SkipDraws():
+        yield
+
+
+class _SkipDraws(TorchFunctionMode):
+    """Leaves out the draws of weights: on the device `meta` they do nothing, and import PyTorch's compiler."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def _build_external(
@@ -257,28 +276,6 @@ def find_head(network: nn.Module, classes: int) -> nn.Linear | None:
 def count_parameters(network: nn.Module) -> int:
     """The number of parameters, trainable or not."""
     return sum(p.numel() for p in network.parameters())
-
-
-def count_multiply_adds(network: nn.Module, channels: int, size: int, shape: tuple[int, ...] = ()) -> int:
-    """Multiply-adds of one image, or row of a shape, in eval mode, counted over matrix products and convolutions.
-
-    A network that does not take a batch of one image is run on two, and half is counted.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    was_training, first = network.training, next(network.parameters(), None)
-    device = torch.device("cpu") if first is None else first.device
-    network.eval()
-    for rows in (1, 2):
-        try:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                network(torch.zeros(rows, *(shape or (channels, size, size)), device=device))
-            break
-        except Exception:  # whatever a user's own code raises
-            if rows == 2:
-                raise
-    network.train(was_training)
-    return int(counter.get_total_flops()) // (2 * rows)
 
 
 def get_head_arrays(head: nn.Linear, classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy import optimize
 
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
@@ -213,6 +212,8 @@ def minimize(
         value.backward()  # type: ignore[no-untyped-call]
         assert point.grad is not None
         return float(value.detach()), point.grad.numpy()
+
+    from scipy import optimize  # not at the top: it takes 0.3 s to import, and few students have a map
 
     minimum: Floats = optimize.minimize(
         value_and_gradient,

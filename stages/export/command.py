@@ -18,7 +18,8 @@ from softcache.base.packages import require_extra
 from softcache.data.tasks import EMBEDDING, LABELS
 from softcache.pipeline.losses import HARD_LOSSES
 from softcache.pipeline.losses.hard import Hard
-from softcache.pipeline.models import count_multiply_adds, count_parameters
+from softcache.pipeline.models import count_parameters
+from softcache.pipeline.models.multiply_adds import count_multiply_adds
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import ExportConfig

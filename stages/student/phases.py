@@ -19,7 +19,8 @@ from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.losses import HARD_LOSSES, Custom, Loss, copy_for_training
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.losses.hard import Hard
-from softcache.pipeline.models import count_multiply_adds, count_parameters
+from softcache.pipeline.models import count_parameters
+from softcache.pipeline.models.multiply_adds import count_multiply_adds
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import StudentConfig

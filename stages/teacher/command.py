@@ -21,9 +21,10 @@ from softcache.pipeline.losses import HARD_LOSSES
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.tasks import evaluate_task
 from softcache.pipeline.metrics.thresholds import add_thresholds
-from softcache.pipeline.models import build, check_arch, count_multiply_adds, count_parameters, is_external_arch
+from softcache.pipeline.models import build, check_arch, count_parameters, is_external_arch
 from softcache.pipeline.models.configurations import has_published_weights
 from softcache.pipeline.models.initial_weights import check_init, read_initial_weights
+from softcache.pipeline.models.multiply_adds import count_multiply_adds
 from softcache.pipeline.models.network_checks import TrainingCheck, check_trainable
 from softcache.pipeline.models.prepared_model import PUBLISHED, PreparedModel
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig

@@ -64,8 +64,8 @@ class SGD:
         places, weights, gradients = _find_gradients(self.weights)
         buffers: list[torch.Tensor | None] = [None] * len(places)
         if self.momentum:
-            # From zero, momentum * 0 + gradient is the first buffer, also for a weight whose first gradient comes late,
-            # where the fused function of PyTorch would fail.
+            # From zero, momentum * 0 + gradient is the first buffer, also for a weight whose first gradient comes
+            # late, where the fused function of PyTorch would fail.
             for i, weight in zip(places, weights, strict=True):
                 if self.buffers[i] is None:
                     self.buffers[i] = torch.zeros_like(weight)
@@ -137,7 +137,13 @@ class AdamW:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch.optim.AdamW does."""
-        options = {"betas": BETAS, "eps": EPSILON, "amsgrad": False, "capturable": False, "decoupled_weight_decay": True}
+        options = {
+            "betas": BETAS,
+            "eps": EPSILON,
+            "amsgrad": False,
+            "capturable": False,
+            "decoupled_weight_decay": True,
+        }
         group = _make_group(options, self.weight_decay, self.weights)
         return {"state": {i: dict(values) for i, values in enumerate(self.state) if values}, "param_groups": [group]}
 

@@ -1,10 +1,15 @@
 """Call the commands of softcache from tests."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.helpers.paths import ROOT
 
 
 class Stages:
@@ -40,6 +45,13 @@ class Stages:
         assert len(lines) == 1, err
         assert "Traceback" not in err
         return err[err.index("Error: ") :].rstrip()
+
+
+def run_python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """Run Python in a folder, in a process of its own that finds softcache."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def tiny_cache_command(folder: Path, out: str = "cache") -> list[str]:

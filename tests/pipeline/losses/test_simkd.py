@@ -14,8 +14,9 @@ from torch import nn
 from softcache.base.errors import UsageError
 from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.models import build, count_multiply_adds, count_parameters, find_head
+from softcache.pipeline.models import build, count_parameters, find_head
 from softcache.pipeline.models.archs.simkd import SimKDStudent, format_simkd_arch, parse_simkd_arch
+from softcache.pipeline.models.multiply_adds import count_multiply_adds
 from softcache.pipeline.taps.hooks import capture_features
 from tests.helpers.commands import Stages
 from tests.helpers.stopping import stop_at

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.models import build, count_multiply_adds, count_parameters, is_custom_arch
+from softcache.pipeline.models import build, count_parameters, is_custom_arch
+from softcache.pipeline.models.multiply_adds import count_multiply_adds
 from softcache.pipeline.models.network_checks import TrainingCheck, check_teacher, check_trainable
 from softcache.pipeline.models.outputs import find_selector
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.models import LIBRARIES, MODELS, build, count_multiply_adds, count_parameters, find_head
+from softcache.pipeline.models import LIBRARIES, MODELS, build, count_parameters, find_head
 from softcache.pipeline.models.archs.cifar_resnet import Block, CifarResNet
+from softcache.pipeline.models.multiply_adds import count_multiply_adds
 from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from tests.helpers.networks import compute_logits, get_one_line_message
@@ -254,6 +256,60 @@ def test_multiply_adds_of_an_mlp_are_those_of_its_matrix_products() -> None:
 def test_multiply_adds_of_a_cnn_are_those_of_its_convolutions_and_its_linear_layer() -> None:
     by_hand = 9 * 3 * 64 * 28 * 28 + 9 * 64 * 128 * 14 * 14 + 128 * 4 * 4 * 7
     assert count_multiply_adds(build("cnn", 7, 3, 28), 3, 28) == by_hand
+
+
+class Products(nn.Module):
+    """Operations that are counted otherwise than a plain convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(4, 8, 3, stride=2, groups=2)
+        self.transposed = nn.ConvTranspose2d(8, 6, 3, stride=2, bias=False)
+        self.rows = nn.Conv1d(6, 6, 5)
+        self.linear = nn.Linear(9, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.rows(self.transposed(self.grouped(x.repeat(1, 4, 1, 1))).flatten(2))
+        x = torch.einsum("ncd,nce->nde", x, x)[:, :9, :9]
+        return self.linear(torch.baddbmm(x, x, x)).flatten(1)
+
+
+class Scaled(nn.Module):
+    """A product that PyTorch's own counter counts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scaled, one = x[0, 0].to(torch.float8_e4m3fn), torch.ones(())
+        return torch._scaled_mm(scaled, scaled.T, one, one, out_dtype=torch.float32)[None].flatten(1)
+
+
+class Attention(nn.Module):
+    """An attention with keys of another number and width than its values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x[:, :, :20], x[:, :, :20, :8]).flatten(1)
+
+
+COUNTED = {
+    **{
+        arch: lambda arch=arch: build(arch, 7, 1, 32)
+        for arch in ("resnet8", "wrn_16_1", "vgg8", "torchvision:resnet18")
+    },
+    **{arch: lambda arch=arch: build(arch, 7, 1, 32) for arch in ("mobilenet_v2", "shufflenet_v1", "shufflenet_v2")},
+    "products": Products,
+    "scaled": Scaled,
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_multiply_adds_are_half_the_operations_that_pytorch_counts(name: str) -> None:
+    network = COUNTED[name]().eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 1, 32, 32))
+    assert count_multiply_adds(network, 1, 32) == counter.get_total_flops() / 2 > 0
+
+
+def test_multiply_adds_of_an_attention_are_those_of_its_two_products() -> None:
+    assert count_multiply_adds(Attention(), 1, 32) == 32 * 20 * 32 + 32 * 20 * 8
 
 
 @pytest.mark.parametrize("training", [True, False])

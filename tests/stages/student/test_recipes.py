@@ -106,12 +106,11 @@ def test_the_lists_name_every_recipe_and_every_loss_with_its_parameters(stages: 
         assert all(name in out for name in (RECIPES if command == "recipes" else LOSSES))
 
 
-def test_the_listed_parameters_parse_to_the_same_loss() -> None:
+def test_the_listed_parameters_parse_to_the_same_loss(stages: Stages) -> None:
     """The listed defaults, written as a loss on the command line, are that loss."""
-    from softcache.stages.student.list_losses import describe_loss
-
+    listed = stages("losses")
     for name, loss in LOSSES.items():
-        parameters = ",".join(f"{k}={v}" for k, v in describe_loss(loss)["knobs"].items() if v != "")
+        parameters = ",".join(f"{k}={v}" for k, v in listed[name]["knobs"].items() if v != "")
         assert parse_losses((f"{name}:{parameters}",)) == (loss,)
 
 
