@@ -12,6 +12,7 @@ functions that measure them are grouped by what they compare:
     teacher.py            stage one: against bare inference, a naive loop and two processes
     read_speed.py         reading rows: against raw reads and other containers
     data_files.py         images inside of larger files: against a folder of them
+    busy.py               threads that wait, alone and beside busy processes: against fixed choices
     footprint.py          bytes on disk and in memory
 
 What they share: `measurement.py` (options and results of a row), `timing.py` (interleaved timing), `other_process.py`

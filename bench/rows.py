@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from . import (
     baselines,
+    busy,
     data_files,
     footprint,
     own_loop,
@@ -124,6 +126,10 @@ ROWS: tuple[Row, ...] = (
              lambda options: time_to_accuracy.compare_on_cifar(options, students=5)),
     at_least("draws-of-a-decode", 1.15, "224 px JPEGs: hard targets, one view a decode / cached, 4 draws a decode",
              student.compare_draws_per_decode),
+    *(at_most(f"threads-{name}-beside-{others}", {0: 1.1, 2: 1.2}.get(others),
+              f"{work} {arch} beside {others} busy processes: chosen waiting of threads / the best fixed choice",
+              partial(busy.compare_with_fixed_choices, work=work, arch=arch, busy=others))
+      for name, work, arch in busy.WORKS for others in busy.BUSY),
     at_most("parquet-over-folder", 1.0, "epoch of mlp:64 over 10,000 JPEGs: in parquet files / in a folder",
             lambda options: data_files.compare_with_folder(options, "parquet")),
     at_most("tar-over-folder", 1.0, "the same, in tar shards",

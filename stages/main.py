@@ -28,6 +28,7 @@ from softcache.stages.cli.configs import (
     TuneConfig,
 )
 from softcache.stages.cli.malloc import keep_large_blocks
+from softcache.stages.cli.openmp import let_threads_sleep
 from softcache.stages.cli.options import Invocation, SectionedGroup, add_options, read_options
 from softcache.stages.cli.run_command import run_command
 from softcache.stages.cli.typed_command import remember_typed_command
@@ -273,6 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_large_blocks()
+    let_threads_sleep()
     search_current_folder()
     remember_typed_command(sys.argv[1:] if arguments is None else arguments)
     invocation = Invocation()

@@ -14,6 +14,7 @@ from softcache.base.errors import make_printable
 from softcache.base.progress import ProgressCallback
 from softcache.stages.distributed.ranks import is_first
 
+from .openmp import describe_waiting
 from .streams import print_result, reserve_output
 
 # Where lines and progress go: True for standard output and error, as in a command; False for the logger `softcache`;
@@ -199,4 +200,5 @@ class LongWorkNotice:
             self.is_printed = True
             if remaining > 120:
                 duration = format_duration(remaining)
-                self.console.print(f"{self.work} will take about {duration} on this machine{self.advice}")
+                waiting = f"; CPU threads that wait soon sleep ({waiting})" if (waiting := describe_waiting()) else ""
+                self.console.print(f"{self.work} will take about {duration} on this machine{self.advice}{waiting}")

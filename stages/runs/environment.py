@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from softcache.base.errors import UsageError, make_printable
+from softcache.stages.cli.openmp import describe_waiting
 from softcache.stages.distributed.ranks import current_ranks
 
 
@@ -19,9 +20,11 @@ def library_versions() -> dict[str, str]:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Describe the machine of a result: device, CPU threads and operating system."""
+    """Describe the machine of a result: device, CPU threads, how they wait where that was set, operating system."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"device": f"{device.type} {name}", "threads": torch.get_num_threads(), "system": platform.platform()}
+    waiting = {"waiting": describe_waiting()} if describe_waiting() else {}
+    threads = {"threads": torch.get_num_threads(), **waiting}
+    return {"device": f"{device.type} {name}", **threads, "system": platform.platform()}
 
 
 def measure_peak_memory(device: torch.device) -> dict[str, int]:

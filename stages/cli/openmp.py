@@ -1,0 +1,30 @@
+"""How the CPU threads of a command wait for each other: set before PyTorch is loaded, whose OpenMP reads it once."""
+
+import os
+import sys
+from collections.abc import Mapping
+
+# By default a thread that waits spins 300,000 times before it sleeps. Where other programs use the processors too, the
+# thread that it waits for does not run meanwhile: a step of `cnn` on 2 cores beside one busy process takes 3.6 times
+# as long as with OMP_WAIT_POLICY=PASSIVE, which never spins. Rows `threads-…` of `make bench`.
+WAITING = {"GOMP_SPINCOUNT": "1000"}
+VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")  # with any of these, the user has chosen
+_set_here: list[str] = []
+
+
+def choose_waiting(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables to set for a command in an environment; none where the user has set one."""
+    return {} if any(name in environment for name in VARIABLES) else dict(WAITING)
+
+
+def let_threads_sleep() -> None:
+    """Let threads that wait sleep soon, unless the environment says how they wait, or PyTorch is loaded already."""
+    if "torch" not in sys.modules:
+        chosen = choose_waiting(os.environ)
+        os.environ.update(chosen)
+        _set_here.extend(f"{name}={value}" for name, value in chosen.items())
+
+
+def describe_waiting() -> str:
+    """Return what was set here, as in GOMP_SPINCOUNT=1000; empty where nothing was."""
+    return " ".join(_set_here)
