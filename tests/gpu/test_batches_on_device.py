@@ -92,6 +92,12 @@ def test_batches_are_right_in_a_stream_of_the_users_own(
             assert_same(read_batches(make_stream(tiny, gpu), gpu), expected)
 
 
+def test_a_batch_is_put_into_pinned_memory(gpu: torch.device, expected: list[Batch]) -> None:
+    pinned = expected[0].pin_memory()
+    assert all(x.is_pinned() for x in (pinned.index, pinned.views, pinned.logits, *pinned.features.values()))  # type: ignore[union-attr]
+    assert_same([pinned.to(gpu).to("cpu")], expected[:1])
+
+
 def test_a_wrong_view_is_found_on_the_device(tiny: Path, device: torch.device) -> None:
     stream = make_stream(tiny, device)
     assert isinstance(stream.split.images, ImageArrays)

@@ -162,6 +162,24 @@ def test_a_loop_of_ones_own_trains_on_the_device(tiny: Path, device: torch.devic
     assert means[-1] < 0.8 * means[0]
 
 
+def test_networks_that_are_on_the_device_are_teacher_and_student(
+    tiny: Path, device: torch.device, tmp_path: Path
+) -> None:
+    """A teacher and a student that are passed in Python, with their weights on the device already."""
+    data = softcache.Cache(tiny / "cache").transfer_set.splits["train"]
+    pixels = data.images.pixels  # type: ignore[attr-defined]
+    items = [(pixels[row, 0].numpy(), int(label)) for row, label in enumerate(data.labels)]
+    torch.manual_seed(0)
+    teacher, student = (build(arch, 10, 1, 8).to(device) for arch in ("cnn", "mlp:16"))
+    before = {name: x.clone() for name, x in student.state_dict().items()}
+    cache = softcache.build_cache(
+        tmp_path / "cache", teacher, items, views="none", class_names=list("0123456789"), device=str(device)
+    )
+    softcache.train_student(cache, student, "kd", out=tmp_path / "run", epochs=2, device=str(device))
+    assert {x.device for x in (*teacher.parameters(), *student.parameters())} == {device}
+    assert all(not torch.equal(x, before[name]) for name, x in student.state_dict().items())
+
+
 def test_a_network_that_outputs_no_negative_number_is_checked_on_the_device(device: torch.device) -> None:
     """Its rows are compared with 1 where they are."""
     arch = "tests.helpers.user_networks:EndsInSoftmax"
