@@ -61,10 +61,10 @@ def find_pair(options: BenchOptions, name: str) -> Pair:
     """Return the pair `small` or `large`, scaled down under --quick."""
     if name == "small":
         pair = Pair("resnet56", "resnet20", 32, 128, 6400, 50_000)
-        return replace(pair, batch_size=8, rows=24, teacher_rows=64) if options.quick else pair
+        return replace(pair, batch_size=8, rows=16, teacher_rows=64) if options.quick else pair
     pair = Pair("torchvision:resnet50", "torchvision:resnet18", 224, 128, 2560, 4096, 1024)
     if options.quick:
-        pair = replace(pair, size=64, batch_size=8, rows=24, teacher_rows=48, jpegs=24)
+        pair = replace(pair, size=64, batch_size=8, rows=16, teacher_rows=32, jpegs=16)
     return pair
 
 
@@ -167,9 +167,9 @@ def _without_resident_data(run: TrainingRun) -> TrainingRun:
 
 def _time(options: BenchOptions, contenders: dict[str, Contender], title: str) -> dict[str, list[float]]:
     """Time contenders in turns, with a progress bar."""
-    rounds = options.scale(5, 1)
-    with tqdm(total=len(contenders) * (WARM_UP + rounds), desc=title, unit="turn", leave=False) as bar:
-        return time_in_turns(contenders, rounds, WARM_UP, bar.update)
+    rounds, warm_up = options.scale(5, 1), options.scale(WARM_UP, 1)
+    with tqdm(total=len(contenders) * (warm_up + rounds), desc=title, unit="turn", leave=False) as bar:
+        return time_in_turns(contenders, rounds, warm_up, bar.update)
 
 
 class KeptBatches(TrainingLoop):

@@ -92,7 +92,7 @@ def _flatten_gradients(weights: list[nn.Parameter]) -> torch.Tensor:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_student_learns_as_on_the_cpu(tiny: Path, device: torch.device, stages: Stages, precision: str) -> None:
-    command = ("student", "--cache", tiny / "cache", *STUDENT, "--epochs", 12, "--learning-rate", 0.1)
+    command = ("student", "--cache", tiny / "cache", *STUDENT, "--epochs", 8, "--learning-rate", 0.1)
     on_cpu = stages(*command, "--device", "cpu", "--out", "cpu")
     on_device = stages(*command, "--device", device, "--precision", precision, "--out", "device")
     losses = read_losses("device")
