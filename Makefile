@@ -40,7 +40,7 @@ make-cache = $(if $(RESUMED)$(word 2,$(CACHE)),,test -f '$(CACHE)/manifest.json'
   $(SOFTCACHE) --check student $(variables) && $(SOFTCACHE) --typed $(typed) -- \
   teacher-cache OUT='$(CACHE)' $(call variables,DATA DATA_ROOT DEVICE WORKERS) $(if $(JSON),>&2); })
 
-.PHONY: help install teacher teacher-cache student students lint test browser slow torture bench docs check clean
+.PHONY: help install teacher teacher-cache student students lint test browser slow torture bench gpu-check docs check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -93,6 +93,9 @@ torture: $(INSTALLED) ## kills, flipped bits, hostile files, full disks: the ful
 
 bench: $(BENCH_INSTALLED) ## measure every claim about speed and size as a ratio: ROW=name,name DATA_ROOT= CIFAR= WEIGHTS=
 	$(PY) -m bench $(foreach name,$(GIVEN),--$(shell echo $(name) | tr A-Z_ a-z-) '$($(name))')
+
+gpu-check: $(INSTALLED) ## tests and speed on a GPU, 8 minutes, nothing is downloaded; writes gpu-check.json: DEVICE=
+	$(PY) -m bench.gpu_check $(foreach name,$(GIVEN),--$(shell echo $(name) | tr A-Z_ a-z-) '$($(name))')
 
 docs: $(INSTALLED) ## write the generated documents anew: command line, Python, losses, benchmarks
 	$(PY) docs/make_cli_reference.py

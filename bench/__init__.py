@@ -15,6 +15,9 @@ functions that measure them are grouped by what they compare:
     busy.py               threads that wait, alone and beside busy processes: against fixed choices
     footprint.py          bytes on disk and in memory
 
+`python -m bench.gpu_check` (`make gpu-check`) has rows of its own, for a GPU: `gpu_check.py` runs the tests marked gpu
+and then these rows, which `on_gpu.py` measures.
+
 What they share: `measurement.py` (options and results of a row), `timing.py` (interleaved timing), `other_process.py`
 (contenders in a process of their own) and `fixtures.py` (images, teachers and caches that are made up).
 

@@ -69,12 +69,18 @@ def add_data_set(n: int, channels: int = 3, size: int = 32, classes: int = 10) -
         splits = {}
         for seed, (split, rows) in enumerate((("train", n), ("test", max(128, classes)))):
             labels = np.arange(rows, dtype=np.int64) % classes
-            splits[split] = LabelledImages(ImageArrays(make_images(rows, channels, size, seed)), labels)
+            splits[split] = LabelledImages(ImageArrays(keep_images(rows, channels, size, seed)), labels)
         return SourceData(splits, tuple(f"c{i}" for i in range(classes)))
 
     SOURCES.setdefault(name, Source(load_smooth_images))
     DEFAULTS.setdefault(name, Defaults() if channels == 3 else Defaults(views="none", draws=1, learning_rate=0.05))
     return name
+
+
+@lru_cache(maxsize=4)
+def keep_images(n: int, channels: int, size: int, seed: int) -> torch.Tensor:
+    """Make images once for all who load them: 4,096 of 224 px take seconds, and stage one loads them in each turn."""
+    return make_images(n, channels, size, seed)
 
 
 def write_jpegs(folder: Path, n: int, size: int, classes: int = 10) -> str:
@@ -98,15 +104,21 @@ def load_data(data: str) -> TransferSet:
     return load_transfer_set(data, Path("."), val_fraction=VAL_FRACTION)
 
 
-def make_teacher(arch: str, size: int = 32) -> PreparedModel:
-    """Return a teacher with random weights, in eval mode.
+def make_teacher(arch: str, size: int = 32, rows: int = 256, device: torch.device | str = "cpu") -> PreparedModel:
+    """Return a teacher with random weights, in eval mode, on a device.
 
     Its batch norms have running statistics of 8 batches, without which its logits would be huge.
+
+    Args:
+        arch: of the teacher.
+        size: of its input in pixels.
+        rows: of a batch.
+        device: where it is.
     """
     torch.manual_seed(0)
     input_spec = InputSpec(3, size, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
-    teacher = PreparedModel(build(arch, 10, 3, size), input_spec)
-    views = make_images(256, 3, size)
+    teacher = PreparedModel(build(arch, 10, 3, size), input_spec).to(device)
+    views = make_images(rows, 3, size).to(device)
     with torch.no_grad():
         for _ in range(8):
             teacher(views)

@@ -199,6 +199,10 @@ class Batch:
         """
         return self._map(lambda x: x[rows])
 
+    def pin_memory(self) -> "Batch":
+        """Return the batch in pinned memory, from which a GPU copies it while the CPU goes on."""
+        return self._map(lambda x: x.pin_memory())
+
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
         """Return the batch on a device; itself where it is there already.
 

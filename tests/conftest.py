@@ -22,6 +22,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--torture", action="store_true", help="the full number of trials, as `make torture` runs them")
+    parser.addoption("--device", default="auto", help="of the tests marked gpu: auto, cpu, cuda or cuda:N")
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +34,7 @@ def dose(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread_where_tests_are_short(request: pytest.FixtureRequest) -> None:
     """Small tensors on a busy machine: threads that wait for each other make a test twenty times as long."""
-    if "not slow" in request.config.option.markexpr or request.config.option.markexpr == "browser":
+    if "not slow" in request.config.option.markexpr or request.config.option.markexpr in ("browser", "gpu"):
         import torch
 
         os.environ["OMP_NUM_THREADS"] = "1"  # of processes that a test starts

@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
+GPU_FIELDS = {"name", "words", "values", "median", "goal", "goal_is", "reached", "seconds"}
 FIELDS = {"name", "goal", "median", "spread", "samples", "reached", "why"}
 
 
@@ -116,3 +117,122 @@ def test_a_missed_goal_names_the_difference(tmp_path: Path) -> None:
 
     record = measure_row(Row("r", 2.0, True, fail, ""), options)
     assert (record["median"], record["reached"], record["why"]) == (None, False, "ValueError: out of order")
+
+
+# make gpu-check
+
+
+def test_the_file_of_a_gpu_check_has_the_tests_and_a_record_of_each_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from bench.gpu_check import check
+    from bench.measurement import BenchOptions, Measurement, NotMeasurable
+    from bench.rows import Row
+
+    def fail(options: BenchOptions) -> Measurement:
+        raise ValueError("two\nlines")
+
+    def refuse(options: BenchOptions) -> Measurement:
+        raise NotMeasurable("no such memory")
+
+    rows = [
+        Row("fast", 0.95, True, lambda options: Measurement([0.9, 1.0, 0.97], "parts"), "a rate"),
+        Row("broken", 0.03, False, fail, "a share"),
+        Row("unknown", None, False, refuse, "a size"),
+    ]
+    tests = {"passed": 3, "failed": 0, "skipped": 1, "failures": [], "seconds": 2.0}
+    out = tmp_path / "gpu-check.json"
+    assert check(torch.device("cpu"), out, rows, tests) == 1
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert set(results) == {"machine", "versions", "device", "tests", "rows"}
+    assert (results["device"], results["tests"]) == ("cpu", tests)
+    assert torch.__version__.startswith(results["versions"]["torch"])
+    fast, broken, unknown = results["rows"]
+    assert all(set(record) >= GPU_FIELDS for record in results["rows"])
+    assert (fast["values"], fast["median"]) == ([0.9, 1.0, 0.97], 0.97)
+    assert (fast["goal"], fast["goal_is"]) == (0.95, "at_least")
+    assert fast["reached"] is None  # of a CPU
+    assert (broken["error"], broken["median"], broken["values"]) == ("ValueError: two lines", None, [])
+    assert unknown["not_measurable"] == "no such memory"
+    assert "error" not in unknown
+    out_text = capsys.readouterr().out
+    assert "rows that were not run: broken" in out_text
+    assert all(any(line.startswith(row.name) for line in out_text.splitlines()) for row in rows)
+    assert check(torch.device("cpu"), out, rows[::2], tests) == 0
+    assert check(torch.device("cpu"), out, rows[::2], {**tests, "failed": 1, "failures": ["a::b"]}) == 1
+    assert "  failed: a::b" in capsys.readouterr().out
+
+
+def test_a_goal_that_is_missed_on_a_gpu_is_said_and_is_no_failure(tmp_path: Path) -> None:
+    import torch
+
+    from bench.gpu_check import format_record, measure_row
+    from bench.measurement import BenchOptions, Measurement
+    from bench.rows import Row
+
+    options = BenchOptions(tmp_path, torch.device("cuda"))
+    lines = [
+        format_record(measure_row(Row("r", 0.03, False, lambda _, x=x: Measurement([x]), "a share"), options))
+        for x in (0.02, 0.04)
+    ]
+    assert [line.rpartition("; ")[2] for line in lines] == ["goal at most 0.03 reached", "goal at most 0.03 MISSED"]
+
+
+def test_the_report_of_the_tests_is_counted(tmp_path: Path) -> None:
+    from bench.gpu_check import read_report
+
+    (tmp_path / "report.xml").write_text(
+        '<testsuites><testsuite><testcase classname="t" name="a"/>'
+        '<testcase classname="t" name="b"><skipped/></testcase>'
+        '<testcase classname="t" name="c"><failure>no</failure></testcase>'
+        '<testcase classname="t" name="d"><error>no</error></testcase></testsuite></testsuites>'
+    )
+    counts = {"passed": 1, "failed": 2, "skipped": 1, "failures": ["t::c", "t::d"]}
+    assert read_report(tmp_path / "report.xml") == counts
+    assert read_report(tmp_path / "none.xml") == {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--device", "gpu"), "there are auto, cpu, cuda and cuda:N"),
+        (("--row", "fastest"), "no row fastest: there are"),
+    ],
+)
+def test_a_wrong_argument_of_a_gpu_check_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    from bench.gpu_check import main
+
+    assert main([*arguments, "--out", str(tmp_path / "r.json")]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("Error: ")
+    assert line.count("\n") == 1
+    assert words in line
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_a_row_of_a_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "bench.gpu_check",
+        "--device",
+        "cpu",
+        "--row",
+        "waiting-copied-small,memory-small",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    out = tmp_path / "r.json"
+    done = subprocess.run(
+        [*command, "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert results["tests"] is None
+    waiting, memory = results["rows"]
+    assert len(waiting["values"]) == 1
+    assert waiting["values"][0] < 1
+    assert "GPU" in memory["not_measurable"]

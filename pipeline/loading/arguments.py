@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import nn
 
 from softcache.base.arguments import check_integer, check_text, type_error
 from softcache.base.errors import UsageError
@@ -136,6 +137,14 @@ def check_device(device: Any) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"no device '{device}': there are {torch.cuda.device_count()} GPUs here")
     return found
+
+
+def check_place(student: nn.Module, device: torch.device) -> None:
+    """Raise UsageError for a student whose weights are all on another kind of device than that of its batches."""
+    places = {weight.device for weight in student.parameters()}
+    if places and device.type not in {place.type for place in places}:
+        place = min(map(str, places))
+        raise UsageError(f"the student is on {place}, and its batches are to be on {device}: give device='{place}'")
 
 
 def check_draws(draws: Any, draws_per_decode: Any, batch_size: int, cached_draws: int) -> tuple[int, int]:

@@ -38,6 +38,7 @@ from .arguments import (
     check_draws,
     check_index,
     check_labels,
+    check_place,
     check_sampler,
     check_subset,
     check_views,
@@ -361,11 +362,12 @@ class Cache:
 
         Raises:
             CacheError: An image cannot be read, or is not the one that the teacher saw.
-            UsageError: There is no such split, or the student returns no logits.
+            UsageError: There is no such split, the student is on another device, or it returns no logits.
         """
         if not isinstance(student, nn.Module):
             raise type_error("student", student, "a torch.nn.Module")
         loader = self.loader(split, batch_size, workers=workers, device=device)
+        check_place(student, loader.stream.device)
         logits, teacher_logits = run_student(student, loader.stream)
         teacher_logits = self.teachers.merge_members(teacher_logits)
         labels = self.transfer_set.splits[split].labels

@@ -132,7 +132,9 @@ class BatchStream:
             groups = prefetch(self._render_here(start, stop))
         with closing(groups):
             for group, batch in groups:
-                yield from self._split_group(group, batch)
+                # Here and not in the thread that prepares it: a copy belongs to the stream of the GPU in which the
+                # batch is used, and that is a setting of each thread.
+                yield from self._split_group(group, batch.to(self.device))
 
     @cached_property
     def _device_cache(self) -> DeviceCache | None:
@@ -159,7 +161,8 @@ class BatchStream:
             index, draw = group.select_views(self.rank, self.world)
             views = render(self.split.images, self.views, self.view_seed, index, draw)
             self._check_views(group, views)
-            yield group, self._assemble(group, views, group.read_targets()).to(self.device)
+            batch = self._assemble(group, views, group.read_targets())
+            yield group, batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _render_in_workers(self, start: int, stop: int) -> LoadedGroups:
         """Worker processes render the views; the targets are read in this process."""
@@ -175,7 +178,7 @@ class BatchStream:
             for views, crcs in rendered:
                 group = requested.popleft()
                 self._check_views(group, views, crcs.numpy())
-                yield group, self._assemble(group, views, group.read_targets()).to(self.device)
+                yield group, self._assemble(group, views, group.read_targets())
 
     @cached_property
     def _checks(self) -> ViewChecks | None:

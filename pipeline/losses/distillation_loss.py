@@ -142,7 +142,7 @@ class DistillationLoss(nn.Module):
             self._head = _find_trained_head(network, logits.shape[-1])
         if context is None:
             context = batch.source.make_context(self.losses) if batch.source else LossContext()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([logits.device] if logits.is_cuda else []):  # PyTorch warns of more GPUs than one
             self.build_parts(ModelOutputs(logits, dict(features), self._head), batch, context)
         self._hooks = ExitStack()
         self._features = self._hooks.enter_context(capture_features(network, self.student_taps))

@@ -35,6 +35,12 @@ def measure_peak_memory(device: torch.device) -> dict[str, int]:
     return peak
 
 
+def wait_for_device(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given. On a CPU nothing is left to be done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def select_device(name: str) -> torch.device:
     """Return the device of an option.
 

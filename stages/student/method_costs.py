@@ -12,6 +12,7 @@ from softcache.pipeline.batch import Batch
 from softcache.pipeline.cache.manifest import count_row_bytes
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import progress_bar
+from softcache.stages.runs.environment import wait_for_device
 from softcache.stages.training.checkpoint import TrainState
 from softcache.stages.training.run import TrainingRun
 from softcache.stages.training.step import attach_criterion, start_training, train_step
@@ -103,8 +104,7 @@ class StepProbe:
         """Return the seconds of a step on each of the batches."""
         start = time.perf_counter()
         self._take_steps(self.batches)
-        if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)
+        wait_for_device(self.run.device)
         return time.perf_counter() - start
 
     def measure_memory(self) -> MethodCost:

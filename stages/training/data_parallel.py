@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd import Function
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from softcache.base import rng
 from softcache.base.errors import UsageError
@@ -38,6 +37,7 @@ from softcache.pipeline.loading.groups import get_rank_rows
 from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.models.precision import autocast
+from softcache.pipeline.models.sync_batch_norm import find_other_batch_norm, has_batch_norm, synchronize_batch_norm
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.option_groups import TrainingOptions
 from softcache.stages.distributed.ranks import current_ranks
@@ -63,6 +63,11 @@ def check_batches_shareable(
         return
     if config.compile:
         raise UsageError("--compile is not for several ranks: leave it out, or train in one process")
+    if device.type == "cuda" and (name := find_other_batch_norm(model)):
+        raise UsageError(
+            f"the network has a batch norm of its own, {name}, which cannot normalise over the rows of several ranks:"
+            " train in one process, or use torch.nn.BatchNorm2d and a layer for what it does besides"
+        )
     rows = _count_rows_of_smallest_batch(stream)
     least = 2 if has_batch_norm(model) and device.type == "cpu" else 1
     if rows // world < least:
@@ -85,12 +90,7 @@ def _count_rows_of_smallest_batch(stream: BatchStream) -> int:
 def convert_batch_norm(model: nn.Module, device: torch.device) -> None:
     """Replace batch norm by SyncBatchNorm on a GPU, which normalises over the rows of all ranks."""
     if current_ranks().world > 1 and device.type == "cuda" and has_batch_norm(model):
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Return whether the output for a row depends on the other rows of the batch."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
+        synchronize_batch_norm(model)
 
 
 def note_batch_norm(model: nn.Module, device: torch.device, console: Console) -> None:

@@ -23,6 +23,7 @@ from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.typed_command import format_continue_command
 from softcache.stages.distributed.ranks import broadcast_from_first, check_equal, current_ranks, is_first
+from softcache.stages.runs.environment import wait_for_device
 
 from .checkpoint import (
     CHECKPOINT_FILE,
@@ -170,6 +171,7 @@ def _run_epochs(
                 batch = next(batches).to(run.device)
                 step_each(active, batch, measure_gradients=step == run.steps - 1)
                 progress.step(len(batch.index))
+            wait_for_device(run.device)  # else the steps that are left for a GPU would be in nobody's time
             step_seconds = sum(training.seconds for training in active)
             stream_seconds = (time.perf_counter() - started - step_seconds) / max(len(active), 1)
             for training, events in zip(trainings, event_files, strict=True):
@@ -251,7 +253,6 @@ def _measure_epoch(
 ) -> dict[str, Any]:
     """Return the record of an epoch. Raises DivergedError where a term is not finite."""
     run = training.run
-    # The only synchronisation with a GPU in an epoch.
     means, norms = torch.stack([training.term_sums / run.steps, training.gradient_norms]).tolist()
     for name, mean in zip(run.criterion.names, means, strict=True):
         if not np.isfinite(mean):

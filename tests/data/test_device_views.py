@@ -3,6 +3,7 @@
 The device is the CPU here as well; on a GPU only the place of the tensors differs.
 """
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,24 @@ def test_a_draw_is_sent_to_the_device_once(mixed: Path, monkeypatch: pytest.Monk
             pass
     rows_by_draw[0] -= 1  # read for its shape
     assert sorted(rows_by_draw.tolist()) == [0, 300, 300, 300]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_thread_that_uses_batches_sends_them_to_their_device(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """A GPU's copies are in the stream of the thread that starts them: from another one they might come too late."""
+    threads: set[int] = set()
+
+    def copy_to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        threads.add(threading.get_ident())
+        return x.to(device)
+
+    monkeypatch.setattr("softcache.pipeline.batch.copy_to_device", copy_to_device)
+    stream = stream_of(tiny / "cache", device=torch.device("meta"), workers=workers)
+    for batch in stream.batches(0, 3):
+        assert {x.device.type for x in (batch.index, batch.views, batch.labels, batch.logits)} == {"meta"}
+    assert threads == {threading.get_ident()}
 
 
 def test_a_student_that_is_trained_from_a_device_has_the_same_weights(

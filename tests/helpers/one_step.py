@@ -95,6 +95,7 @@ def take_one_step(
     precision: str = "float32",
     arch: str = "resnet8",
     change: Any = lambda network: None,
+    device: torch.device | str = "cpu",
 ) -> Step:
     """Take a step of a student with one loss.
 
@@ -106,6 +107,7 @@ def take_one_step(
         precision: of the step.
         arch: of the student.
         change: called with the student's network before the step.
+        device: where the step is taken.
     """
     loss = make_loss(spec, "layer2+layer3", "layer3")
     teacher_batch, head, rows = run_teacher(B, K)
@@ -118,7 +120,8 @@ def take_one_step(
 
     network = build_network(loss, K, head, arch)
     change(network)
-    student = PreparedModel(network, INPUT_SPEC)
+    student = PreparedModel(network, INPUT_SPEC).to(device)
+    batch = batch.to(device)
     settings = StudentConfig(learning_rate=1e-3, weight_decay=0.0, precision=precision)
     stream: Any = OneBatch(batch)
     run = TrainingRun(
@@ -129,7 +132,7 @@ def take_one_step(
         epochs=1,
         steps=1,
         config=settings,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         folder=Path("none"),
         multiply_adds=0,
         context=LossContext(head, bank, make_class_counts(K)),

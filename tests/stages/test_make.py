@@ -23,6 +23,7 @@ TARGETS = [
     "slow",
     "torture",
     "bench",
+    "gpu-check",
     "docs",
     "check",
     "clean",

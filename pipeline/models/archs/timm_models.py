@@ -152,6 +152,13 @@ def _create(name: str, channels: int, size: int, **options: Any) -> nn.Module:
     return network.train()
 
 
+def synchronize_timm_batch_norm(network: nn.Module) -> None:
+    """Replace the batch norms inside a network with layers of timm by synchronised ones, which keep activations."""
+    from timm.layers import convert_sync_batchnorm
+
+    convert_sync_batchnorm(network)
+
+
 def is_timm_model(name: str) -> bool:
     """Whether timm is installed and has a model of that name."""
     if find_spec("timm") is None:

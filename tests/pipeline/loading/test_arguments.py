@@ -119,3 +119,9 @@ def test_what_is_no_view_of_the_cache_is_not_prepared(opened: Cache, views: Any,
 def test_a_student_that_is_evaluated_is_a_module(opened: Cache) -> None:
     with pytest.raises(UsageError, match=r"a torch\.nn\.Module"):
         opened.evaluate(lambda images: images)  # type: ignore[arg-type]
+
+
+def test_a_student_on_another_device_than_its_batches_is_one_line(opened: Cache) -> None:
+    student = torch.nn.Linear(4, 10, device="meta")
+    with pytest.raises(UsageError, match="is on meta, and its batches are to be on cpu: give device='meta'"):
+        opened.evaluate(student)

@@ -57,6 +57,14 @@ def test_terms_add_up_to_the_loss_of_the_formulas(student: Student, batch: Batch
     assert [tuple(p.shape) for p in criterion.parameters()] == [(512, 16), (512,)]
 
 
+def test_attaching_draws_from_no_gpu_that_the_student_is_not_on(
+    student: Student, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several GPUs PyTorch would warn, and warnings are errors here."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert list(make_criterion(student, batch).parts) == ["hint"]
+
+
 @pytest.mark.parametrize("between", ["copy", "evaluation", "other rows", "another pass with gradients"])
 def test_a_pass_in_between_changes_nothing(student: Student, batch: Batch, between: str) -> None:
     criterion = make_criterion(student, batch)

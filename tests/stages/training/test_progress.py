@@ -10,6 +10,7 @@ import struct
 import sys
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,23 @@ from tests.helpers.commands import Stages
 COMMON = ("--log-every", 1, "--epochs", 3, "--batch-size", 60, "--learning-rate", 0.05)
 KD = ("--loss", "kd:weight=0.9", "--loss", "hard:weight=0.1")
 NUMBER = r"[\d.,e+-]+"
+
+
+def test_an_epoch_has_the_time_in_which_its_steps_run_on_a_device(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is given steps faster than it runs them: what is left at the end of an epoch is waited for, and counts."""
+    devices = []
+
+    def take_long(device: torch.device) -> None:
+        devices.append(device)
+        time.sleep(0.3)
+
+    monkeypatch.setattr("softcache.stages.training.loop.wait_for_device", take_long)
+    stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", *COMMON, "--out", "run")
+    seconds = [line["seconds"] for line in lines_of("run")]
+    assert devices == [torch.device("cpu")] * 3
+    assert min(seconds) >= 0.3
 
 
 def lines_of(folder: str) -> list[dict[str, Any]]:
