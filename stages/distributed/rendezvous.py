@@ -22,7 +22,7 @@ from .connections import Listener, Watch, connect
 START_TIMEOUT = timedelta(minutes=10)  # until all ranks are connected, and of a collective in which a rank hangs
 _GRACE = 10.0  # seconds in which the main thread may end by itself once another rank is lost
 _ANSWER_TIMEOUT = 5.0  # seconds in which the store must answer a rank that fails
-_LATE = f"the ranks were not connected within {START_TIMEOUT.total_seconds():.0f} s: start the same command again"
+_REMEDY = "start the same command again on every host"
 
 
 class Rendezvous:
@@ -48,7 +48,10 @@ class Rendezvous:
 
     def connect(self, limit: int) -> None:
         """Connect the ranks, so that each notices when another one ends or has not answered for `limit` seconds."""
-        late = threading.Timer(START_TIMEOUT.total_seconds(), self._end, (_LATE,))
+        seconds = START_TIMEOUT.total_seconds()
+        late = threading.Timer(
+            seconds, self._end, (f"the ranks were not connected within {seconds:.0f} s: {_REMEDY}",)
+        )
         late.daemon = True
         late.start()
         if self.rank == 0:
@@ -64,7 +67,7 @@ class Rendezvous:
             except OSError as error:
                 raise CacheError(f"rank 0 cannot be reached at {host}, port {place[0]}: {error}") from None
         late.cancel()
-        self._watch = Watch(connections, limit, lambda event: self._end(f"{event}: start the same command again"))
+        self._watch = Watch(connections, limit, lambda event: self._end(f"{event}: {_REMEDY}"))
 
     def finish(self) -> None:
         """Tell the other ranks that the command is done."""
@@ -166,4 +169,4 @@ def reach_store() -> Iterator[None]:
 
 def make_lost_rank_error(error: RuntimeError) -> CacheError:
     reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-    return CacheError(f"another rank has ended, or cannot be reached ({reason}): start the same command again")
+    return CacheError(f"another rank has ended, or cannot be reached ({reason}): {_REMEDY}")
