@@ -69,6 +69,8 @@ class Listener:
                     greeting = connection.recv(len(self._token) + 8, socket.MSG_WAITALL).decode("ascii", "replace")
                     if secrets.compare_digest(greeting[:-8].encode(), self._token.encode()):
                         self.connections[int(greeting[-8:])] = connection
+                        continue
+                connection.close()
         return len(self.connections)
 
     def close(self) -> None:
