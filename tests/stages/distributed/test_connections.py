@@ -1,4 +1,4 @@
-"""The connections between ranks: who may connect, what their end means, and wrong addresses. test_hosts.py cuts them."""
+"""The connections between ranks: who may connect, what their end means; wrong addresses. test_hosts.py cuts them."""
 
 import queue
 import socket
