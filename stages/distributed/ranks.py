@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from softcache.base.errors import CacheError, Interrupted, UsageError, is_interrupt
+from softcache.base.errors import CacheError, Interrupted, LostRankError, UsageError, is_interrupt
 
 from .addresses import check_address_of_first, check_address_of_host
 from .connections import read_limit
@@ -143,7 +143,7 @@ def process_group(device: str) -> Iterator[None]:
     except BaseException as error:
         lost = rendezvous_point.fail()
         if lost and (is_interrupt(error) or isinstance(error, Interrupted | RuntimeError)):
-            raise CacheError(lost) from None
+            raise LostRankError(lost) from None
         if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise make_lost_rank_error(error) from None
         raise
