@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from softcache.base.errors import UsageError
+from softcache.base.errors import LostRankError, UsageError
+from softcache.stages.cli.run_command import run_command
 from softcache.stages.distributed.addresses import check_address_of_first, check_address_of_host
 from softcache.stages.distributed.connections import LIMIT_VARIABLE, Listener, Watch, connect, read_limit
 
@@ -94,3 +95,16 @@ def test_a_name_that_means_this_host_alone_is_an_error_without_an_interface(monk
     check_address_of_host({"GLOO_SOCKET_IFNAME": "eth0"})
     monkeypatch.setattr(socket, "gethostbyname", {"box": "10.0.0.1"}.__getitem__)
     check_address_of_host({})
+
+
+def test_a_rank_that_gets_a_signal_because_another_is_lost_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    def end_as_process_group_does() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise LostRankError("rank 1 has ended") from None
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(end_as_process_group_does)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "Error: rank 1 has ended\n"
