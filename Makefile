@@ -40,7 +40,7 @@ make-cache = $(if $(RESUMED)$(word 2,$(CACHE)),,test -f '$(CACHE)/manifest.json'
   $(SOFTCACHE) --check student $(variables) && $(SOFTCACHE) --typed $(typed) -- \
   teacher-cache OUT='$(CACHE)' $(call variables,DATA DATA_ROOT DEVICE WORKERS) $(if $(JSON),>&2); })
 
-.PHONY: help install teacher teacher-cache student students lint test browser slow torture bench gpu-check docs check clean
+.PHONY: help install teacher teacher-cache student students lint test browser hosts slow torture bench gpu-check docs check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -85,11 +85,15 @@ browser: $(INSTALLED) ## the tests of the report in a browser; needs chromium
 	$(PY) -m pytest -m browser tests/stages/report/test_report_in_browser.py
 	$(PY) -m pytest -m browser tests/stages/report/test_report_tasks_in_browser.py
 
+hosts: $(INSTALLED) ## two hosts as network namespaces: killed ranks, links that are cut; needs root and iproute2
+	$(PY) -m pytest -m hosts -s tests/stages/distributed/test_hosts.py
+
 slow: $(INSTALLED) ## the long tests, on real data where they are present
 	$(PY) -m pytest -m slow
 
 torture: $(INSTALLED) ## kills, flipped bits, hostile files, full disks: the full number of trials
 	$(PY) -m pytest --torture -s $$(grep -rl --include='test_*.py' 'dose(' tests)
+	$(PY) -m pytest -m hosts --torture -s tests/stages/distributed/test_hosts.py
 
 bench: $(BENCH_INSTALLED) ## measure every claim about speed and size as a ratio: ROW=name,name DATA_ROOT= CIFAR= WEIGHTS=
 	$(PY) -m bench $(foreach name,$(GIVEN),--$(shell echo $(name) | tr A-Z_ a-z-) '$($(name))')

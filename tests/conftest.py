@@ -34,7 +34,7 @@ def dose(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread_where_tests_are_short(request: pytest.FixtureRequest) -> None:
     """Small tensors on a busy machine: threads that wait for each other make a test twenty times as long."""
-    if "not slow" in request.config.option.markexpr or request.config.option.markexpr in ("browser", "gpu"):
+    if "not slow" in request.config.option.markexpr or request.config.option.markexpr in ("browser", "hosts", "gpu"):
         import torch
 
         os.environ["OMP_NUM_THREADS"] = "1"  # of processes that a test starts

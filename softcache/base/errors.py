@@ -22,6 +22,10 @@ class CacheMismatchError(CacheError):
     """A cache is complete, but it was made from other data or another teacher. The message names the fields."""
 
 
+class LostRankError(CacheError):
+    """Another process of the command has ended or cannot be reached; an interrupt that was its consequence is none."""
+
+
 class UnreadableImageError(CacheError):
     """An image file cannot be decoded, or not without loss.
 

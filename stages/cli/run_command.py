@@ -68,6 +68,7 @@ def _format_error(error: Exception | SystemExit) -> tuple[str, int]:
     from softcache.base.errors import (
         CacheError,
         Interrupted,
+        LostRankError,
         UsageError,
         describe_worker_failure,
         find_disk_error,
@@ -78,6 +79,8 @@ def _format_error(error: Exception | SystemExit) -> tuple[str, int]:
 
     if isinstance(error, Interrupted):
         return str(error), 130
+    if isinstance(error, LostRankError):
+        return str(error), 1
     if is_interrupt(error):
         return "stopped", 130
     for kind, code in ((CacheError, 1), (UsageError, 2)):

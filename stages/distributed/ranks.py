@@ -4,28 +4,27 @@ Outside torchrun there is one rank, 0 of 1: no process group is made and these f
 imported in `process_group` alone, because `--help` must be quick.
 
 Ranks wait for each other at torchrun's key-value store, not in a collective: such a wait has no time limit (rank 0
-may train a teacher for hours). Ctrl-C ends it, and so does a rank that failed or sent no heartbeat for 3 minutes.
+may train a teacher for hours). Ctrl-C ends it, and so does a rank that fails, ends or cannot be reached, see
+`connections`.
 """
 
-import json
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from softcache.base.errors import CacheError, UsageError
+from softcache.base.errors import CacheError, Interrupted, LostRankError, UsageError, is_interrupt
+
+from .addresses import check_address_of_first, check_address_of_host
+from .connections import read_limit
+from .rendezvous import START_TIMEOUT, Rendezvous, make_lost_rank_error, reach_store
 
 T = TypeVar("T")
 COMMANDS = ("teacher-cache", "student")  # commands that can run in several ranks
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # reached only when a rank has ended or hangs
-_HEARTBEAT, _HEARTBEAT_TIMEOUT = 10.0, 180.0  # seconds between two heartbeats, and until a rank counts as lost
 _FILE_TIMEOUT = 60.0  # seconds until another host's file must be visible: NFS caches the names of a folder up to 60
 
 
@@ -61,7 +60,7 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
 
 LAUNCHED = read_ranks(os.environ)
 _single_process: list[bool] = []  # one entry for each open `as_single_process`
-_rendezvous: list["_Rendezvous"] = []
+_rendezvous: list[Rendezvous] = []
 
 
 def current_ranks() -> Ranks:
@@ -99,7 +98,7 @@ def process_group(device: str) -> Iterator[None]:
             then.
 
     Raises:
-        UsageError: for more ranks than GPUs on a host.
+        UsageError: for more ranks than GPUs on a host, or addresses by which the hosts cannot reach each other.
         CacheError: where another rank has ended or cannot be reached.
     """
     if LAUNCHED.world == 1:
@@ -116,30 +115,39 @@ def process_group(device: str) -> Iterator[None]:
             f"{LAUNCHED.local_world} ranks on a host with {torch.cuda.device_count()} GPUs: lower --nproc-per-node,"
             " or --device cpu"
         )
-    with _reach_store():
-        store, *_ = next(rendezvous("env://", timeout=_COLLECTIVE_TIMEOUT))
+    limit = read_limit(os.environ)
+    if on_several_hosts := LAUNCHED.world > LAUNCHED.local_world:
+        check_address_of_first(os.environ["MASTER_ADDR"])
+    with reach_store():
+        store, *_ = next(rendezvous("env://", timeout=START_TIMEOUT))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may keep the store over a restart
     store = PrefixStore(f"softcache/{attempt}", store)
-    if on_gpu:
-        torch.cuda.set_device(LAUNCHED.local_rank)
-    with _reach_store():
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            store=PrefixStore("group", store),
-            rank=LAUNCHED.rank,
-            world_size=LAUNCHED.world,
-            timeout=_COLLECTIVE_TIMEOUT,
-        )
-    rendezvous_point = _Rendezvous(store, LAUNCHED)
+    rendezvous_point = Rendezvous(store, LAUNCHED.rank, LAUNCHED.world, LAUNCHED.local_rank)
     _rendezvous.append(rendezvous_point)
     try:
+        if on_several_hosts and not on_gpu:
+            check_address_of_host(os.environ)
+        rendezvous_point.connect(limit)
+        if on_gpu:
+            torch.cuda.set_device(LAUNCHED.local_rank)
+        with reach_store():
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=PrefixStore("group", store),
+                rank=LAUNCHED.rank,
+                world_size=LAUNCHED.world,
+                timeout=START_TIMEOUT,
+            )
         yield
         rendezvous_point.barrier()
     except BaseException as error:
-        rendezvous_point.fail()
+        lost = rendezvous_point.fail()
+        if lost and (is_interrupt(error) or isinstance(error, Interrupted | RuntimeError)):
+            raise LostRankError(lost) from None
         if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise _lost_rank_error(error) from None
+            raise make_lost_rank_error(error) from None
         raise
+    rendezvous_point.finish()
     dist.destroy_process_group()
 
 
@@ -215,105 +223,3 @@ def wait_for_file(path: Path) -> None:
         with suppress(OSError):
             os.listdir(path.parent)  # opening a folder makes an NFS client read it from the server again
         time.sleep(0.2)
-
-
-class _Rendezvous:
-    """Barriers, sums and messages over a key-value store. All ranks call the same methods in the same order.
-
-    Args:
-        store: torchrun's store.
-        ranks: the place of this process.
-
-    Attributes:
-        is_first_to_fail: whether this rank was the first to fail.
-    """
-
-    def __init__(self, store: Any, ranks: Ranks):
-        self.store, self.ranks, self.number = store, ranks, 0
-        self.is_first_to_fail = False
-        self._heartbeats: dict[int, tuple[int, float]] = {}  # of each rank: the last count, and when it changed
-        self._ended = threading.Event()
-        threading.Thread(target=self._send_heartbeats, name="softcache-beat", daemon=True).start()
-
-    def barrier(self) -> None:
-        """Wait until every rank has reached this call."""
-        self.sum(0)
-
-    def sum(self, count: int) -> int:
-        """Wait for the numbers of all ranks and return their sum."""
-        self.number += 1
-        arrived, sum_ = f"arrived-{self.number}", f"sum-{self.number}"
-        with _reach_store():
-            self.store.add(sum_, count)
-            self.store.add(arrived, 1)
-        self._wait_until(lambda: bool(self.store.add(arrived, 0) == self.ranks.world))
-        with _reach_store():
-            return int(self.store.add(sum_, 0))
-
-    def send(self, value: Any) -> None:
-        """Send plain JSON values to the other ranks."""
-        self.number += 1
-        with _reach_store():
-            self.store.set(f"value-{self.number}", json.dumps(value))
-
-    def receive(self) -> Any:
-        """Wait for what rank 0 sends."""
-        self.number += 1
-        self._wait_until(lambda: bool(self.store.check([f"value-{self.number}"])))
-        with _reach_store():
-            return json.loads(self.store.get(f"value-{self.number}"))
-
-    def fail(self) -> None:
-        """Signal the other ranks that this one ends with an error, so that they end too; ignore further Ctrl-C."""
-        self._ended.set()
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
-        with suppress(RuntimeError):
-            self.is_first_to_fail = self.store.add("failed", 1) == 1
-
-    def _wait_until(self, condition: Callable[[], bool]) -> None:
-        """Poll the store. Raises CacheError when another rank has failed or sends no heartbeat."""
-        pause, last_check = 0.001, time.monotonic()
-        while True:
-            with _reach_store():
-                if condition():
-                    return
-                if self.store.check(["failed"]):
-                    raise CacheError("another rank has ended with an error")
-                if time.monotonic() - last_check > _HEARTBEAT:
-                    last_check = time.monotonic()
-                    self._check_heartbeats()
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.1)
-
-    def _send_heartbeats(self) -> None:
-        with suppress(RuntimeError):
-            while not self._ended.wait(_HEARTBEAT):
-                self.store.add(f"beat-{self.ranks.rank}", 1)
-
-    def _check_heartbeats(self) -> None:
-        """Raise CacheError when a rank's heartbeat has not changed for too long, by the clock of this rank."""
-        now = time.monotonic()
-        for rank in range(self.ranks.world):
-            count = self.store.add(f"beat-{rank}", 0)
-            if self._heartbeats.get(rank, (-1, now))[0] != count:
-                self._heartbeats[rank] = count, now
-            elif now - self._heartbeats[rank][1] > _HEARTBEAT_TIMEOUT:
-                raise CacheError(
-                    f"rank {rank} has sent no heartbeat for {_HEARTBEAT_TIMEOUT:.0f} s: start the same command again"
-                )
-
-
-@contextmanager
-def _reach_store() -> Iterator[None]:
-    """Turn an error of the store into a CacheError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise _lost_rank_error(error) from None
-
-
-def _lost_rank_error(error: RuntimeError) -> CacheError:
-    reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-    return CacheError(f"another rank has ended, or cannot be reached ({reason}): start the same command again")
