@@ -20,6 +20,7 @@ TARGETS = [
     "lint",
     "test",
     "browser",
+    "hosts",
     "slow",
     "torture",
     "bench",
