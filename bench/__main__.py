@@ -52,6 +52,7 @@ def measure_row(row: Row, options: BenchOptions) -> dict[str, Any]:
         "why": why,
         "words": row.description,
         "seconds": round(time.perf_counter() - start, 1),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
     }
 
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 Results = dict[str, Any]
 
+_VECTORS = "AVX512"  # of the processors on which most rows were measured; a row from another one is marked
 _PLACE = re.compile(r"(<!-- bench: begin (\w+) -->\n).*?(<!-- bench: end \2 -->)", re.DOTALL)
 _VALUE = re.compile(r"\{([a-z0-9-]+)(?::([^}]*))?\}", re.IGNORECASE)
 
@@ -148,6 +149,8 @@ def _format_result(row: dict[str, Any]) -> str:
     text = _format_value(row["median"])
     if least != most:
         text += f" ({_format_value(least)} to {_format_value(most)})"
+    if row.get("vectors", _VECTORS) != _VECTORS:
+        text += f" {row['vectors']}"
     return f"**{text}, missed**" if row["reached"] is False else text
 
 
