@@ -3,6 +3,7 @@
 A host is a network namespace. `--torture` has 20 killed ranks and 10 links that are cut for ever.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ Dose = Callable[[int, int], int]
 
 DYING_RANK, SLOW_RANK = (ROOT / "tests/helpers" / name for name in ("dying_rank.py", "slow_rank.py"))
 LONGEST = LIMIT + 30  # seconds from a cut to the end of both hosts, as docs/guides/several-machines.md has it
-DRAWS = ("--draws", 40, "--shard-rows", 60)  # 12,000 views in 200 shards, and 16 of validation and test
+DRAWS = ("--draws", 40, "--shard-rows", 60)  # 12,540 views in 209 shards
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,7 @@ def assert_ended(job: Job, most_seconds: float, lines_of_each: bool = False) -> 
     assert [len(of_host) for of_host in lines] == [1, 1] if lines_of_each else any(lines), job.output
     assert "Stopped." not in str(lines)
     assert "stopped" not in str(lines)
-    assert "[rank" not in job.output  # the traceback of a rank
+    assert not re.search(r"\[rank\d+\]: ", job.output), job.output  # the traceback of a rank
     return " | ".join(line for of_host in lines for line in of_host)
 
 
@@ -128,19 +129,21 @@ def test_a_rank_that_holds_the_interpreter_lock_beyond_the_limit_is_not_taken_fo
 def test_a_cache_whose_ranks_are_killed_goes_on(
     tiny: Path, hosts: Hosts, one_cache: Path, tmp_path: Path, dose: Dose
 ) -> None:
-    """Rank 0 and rank 1 in turn, each at its fourth shard: the same command goes on with what is there."""
-    command = make_cache_command(tiny, tmp_path / "two", *DRAWS)
+    """Rank 1 and rank 0 in turn, each at its fourth shard; five in a cache, whose 209 shards suffice for that."""
     trials, longest = dose(1, 10), 0.0
     for trial in range(trials):
+        out = tmp_path / f"two-{trial // 5}"
+        command = make_cache_command(tiny, out, *DRAWS)
+        before = count_shards(out)
         job = hosts.start(1, DYING_RANK, (trial + 1) % 2, "write_shard", 4, *command, cwd=tmp_path)
-        before = count_shards(tmp_path / "two")
-        job.wait_for(lambda before=before: count_shards(tmp_path / "two") > before)
+        job.wait_for(lambda out=out, before=before: count_shards(out) > before)
         job.mark()
         assert_ended(job, 60)
         longest = max(longest, *job.seconds)
-        assert not (tmp_path / "two/manifest.json").exists()
-    hosts.succeeds(1, *command, cwd=tmp_path)
-    assert_same_cache(tmp_path / "two", one_cache)
+        assert not (out / "manifest.json").exists()
+        if trial % 5 == 4 or trial == trials - 1:
+            hosts.succeeds(1, *command, cwd=tmp_path)
+            assert_same_cache(out, one_cache)
     print(f"\nstage one: {trials} killed ranks, all ended and went on; at most {longest:.1f} s after the first shard")
 
 
