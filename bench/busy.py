@@ -68,7 +68,7 @@ def _time_choices(options: BenchOptions, work: str, arch: str) -> dict[int, dict
         times = {}
         for busy in BUSY:
             with keep_busy(busy):
-                times[busy] = time_in_turns(contenders, options.scale(7, 1))
+                times[busy] = time_in_turns(contenders, options.scale(5, 1))
     return times
 
 

@@ -72,6 +72,7 @@ class TrainingLoop:
         self.training = training
 
     def __call__(self) -> float:
+        torch.set_num_threads(self.training.threads)  # as the command does for all of its epochs
         images, start = 0, time.perf_counter()
         _begin_epoch(self.training, 0)
         for cpu_batch in self.run.stream.batches(self.next_step, self.next_step + self.steps):

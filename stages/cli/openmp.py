@@ -7,7 +7,7 @@ from collections.abc import Mapping
 # By default a thread that waits spins 300,000 times before it sleeps. Where other programs use the processors too, the
 # thread that it waits for does not run meanwhile: a step of `cnn` on 2 cores beside one busy process takes 3.6 times
 # as long as with OMP_WAIT_POLICY=PASSIVE, which never spins. Rows `threads-…` of `make bench`.
-WAITING = {"GOMP_SPINCOUNT": "1000"}
+WAITING = {"GOMP_SPINCOUNT": "5000"}
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")  # with any of these, the user has chosen
 _set_here: list[str] = []
 
@@ -26,5 +26,5 @@ def let_threads_sleep() -> None:
 
 
 def describe_waiting() -> str:
-    """Return what was set here, as in GOMP_SPINCOUNT=1000; empty where nothing was."""
+    """Return what was set here, as in GOMP_SPINCOUNT=5000; empty where nothing was."""
     return " ".join(_set_here)

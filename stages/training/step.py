@@ -89,7 +89,7 @@ def train_step(training: ActiveTraining, batch: Batch, measure_gradients: bool =
     state.update_weights()
     if state.averaged_model is not None:
         state.averaged_model.update_parameters(run.model)
-    return torch.stack([term.detach() for term in terms])
+    return terms[0].detach().reshape(1) if len(terms) == 1 else torch.stack([term.detach() for term in terms])
 
 
 def _start_gradient_norms(training: ActiveTraining, terms: list[torch.Tensor]) -> GradientNorms | None:
