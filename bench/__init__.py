@@ -10,6 +10,7 @@ functions that measure them are grouped by what they compare:
     several_students.py   several students at once: against the same ones one after another
     time_to_accuracy.py   seconds to an accuracy, with stage one included
     teacher.py            stage one: against bare inference, a naive loop and two processes
+    engines.py            stage one: against ONNX Runtime and OpenVINO; a compiled teacher in a second process
     read_speed.py         reading rows: against raw reads and other containers
     data_files.py         images inside of larger files: against a folder of them
     busy.py               threads that wait, alone and beside busy processes: against fixed choices

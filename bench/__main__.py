@@ -19,7 +19,7 @@ from .measurement import BenchOptions, NotMeasurable
 from .rows import ROWS, Row
 
 RESULTS = Path(__file__).resolve().parent / "results.json"
-OPTIONAL_LIBRARIES = ("torchdistill", "lmdb", "webdataset")  # of the extra `bench`
+OPTIONAL_LIBRARIES = ("torchdistill", "lmdb", "webdataset", "onnxruntime", "openvino")  # what is measured against
 
 
 def measure_row(row: Row, options: BenchOptions) -> dict[str, Any]:

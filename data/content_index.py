@@ -8,7 +8,6 @@ import hmac
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError, make_printable
-from softcache.base.files import make_folder, publish, read_regular_file
+from softcache.base.files import publish, read_regular_file
+from softcache.base.user_cache import KEY, KEY_BYTES, find_user_folder, load_key
 
 NO_INDEX = "none"  # the value of --index that turns the records off
 RACY_NS = 2_000_000_000  # a file that changed so shortly before may change again within the clock's resolution
-_KEY, _KEY_BYTES = "key", 32
 _MAGIC = b"softcache index1"
 _MAX_BYTES = 1 << 32  # of a record
 Columns = dict[str, NDArray[Any]]
@@ -60,7 +59,7 @@ class ContentIndex:
         if not os.path.lexists(self.folder / name):
             return None
         try:
-            key = read_regular_file(self.folder, _KEY, _KEY_BYTES)
+            key = read_regular_file(self.folder, KEY, KEY_BYTES)
             content = memoryview(read_regular_file(self.folder, name, _MAX_BYTES))
             signature, payload = content[len(_MAGIC) : len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
             if content[: len(_MAGIC)] != _MAGIC or not hmac.compare_digest(signature, _sign(key, name, payload)):
@@ -89,7 +88,7 @@ class ContentIndex:
         name = _name_record(kind, path)
         payload = _encode(header, columns)
         try:
-            signature = _sign(self._load_key(), name, payload)
+            signature = _sign(load_key(self.folder), name, payload)
 
             def write(temporary: Path) -> None:
                 with open(temporary, "wb") as file:
@@ -111,30 +110,6 @@ class ContentIndex:
             raise CacheError(f"--index: {text}: name another folder, or --index none") from None
         self._note(f"{text}: the next command reads all of it again; --index FOLDER names another place")
 
-    def _load_key(self) -> bytes:
-        """Read the key, or make it: one that others could have written is replaced."""
-        assert self.folder is not None
-        make_folder(self.folder)
-        path = self.folder / _KEY
-        with suppress(CacheError):
-            key = read_regular_file(self.folder, _KEY, _KEY_BYTES)
-            if len(key) == _KEY_BYTES and not path.stat().st_mode & 0o022:
-                return key
-        path.unlink(missing_ok=True)
-        temporary = path.with_name(f".{_KEY}.{os.getpid()}.tmp")
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, os.urandom(_KEY_BYTES))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        with suppress(FileExistsError):  # another process made one just now
-            os.link(temporary, path)
-        temporary.unlink()
-        return read_regular_file(self.folder, _KEY, _KEY_BYTES)
-
     def _note(self, line: str) -> None:
         if line not in self.notes:
             self.notes.append(line)
@@ -154,10 +129,7 @@ def open_index(index: str | Path = "", rehash: bool = False) -> ContentIndex:
     if str(index) == NO_INDEX:
         return ContentIndex(None)
     if not str(index):
-        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        if not base.is_absolute():
-            base = Path(os.path.expanduser("~")) / ".cache"
-        return ContentIndex(base / "softcache" if base.is_absolute() else None, rehash=rehash)
+        return ContentIndex(find_user_folder(), rehash=rehash)
     if Path(index).exists() and not Path(index).is_dir():
         raise UsageError(f"--index '{make_printable(index)}' is a file: name a folder, or none to keep no records")
     return ContentIndex(Path(index).absolute(), is_required=True, rehash=rehash)

@@ -72,7 +72,9 @@ class CacheConfig(DataOptions, FolderOptions, SplitOptions, MachineOptions, Prec
         least=0,
     )
     compile: bool = option(
-        False, "Compile the teacher first: takes 5 to 25 s, pays for large sets, needs a C++ compiler."
+        False,
+        "Compile the teacher first: takes 5 to 25 s, pays for large sets, needs a C++ compiler. On a CPU, later"
+        " commands with this teacher use what was compiled.",
     )
     teacher: str = option("", f"{ARCH_HELP} {FILE_TEACHER_HELP}", by_recipe=True)
     output: str = option("", OUTPUT_HELP)

@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,8 @@ from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.taps.hooks import capture_features
 from softcache.pipeline.taps.statistics import parse_tap
+
+from .compilation import make_program
 
 TeacherOutputs = tuple[torch.Tensor, dict[str, torch.Tensor]]  # logits float32 [B, K], features {tap: [B, …]}
 InferFunction = Callable[[torch.Tensor], TeacherOutputs]
@@ -123,8 +124,8 @@ class TeacherInference:
         remaining = iter(batches)
         yield lambda views: (self._to_logits(network.look_up(split, next(remaining))), {})
 
-    def compile(self, views: torch.Tensor, rows: int) -> None:
-        """Compile the teacher for batches of one size, and run it once.
+    def compile(self, views: torch.Tensor, rows: int, tell: Callable[[str], object] = lambda line: None) -> None:
+        """Compile the teacher for batches of one size, or load what was compiled before, and run it once.
 
         A smaller batch is padded with its own views: another shape would be compiled again. Padding changes no
         output, because the rows of a network in eval mode do not depend on each other.
@@ -132,32 +133,32 @@ class TeacherInference:
         Args:
             views: uint8 [B, C, S, S], for the first run.
             rows: Size of the largest batch.
+            tell: Called with a line for the user that says which of the two is done, before it is.
 
         Raises:
             Exception: Whatever the compiler raises; the teacher then runs as before.
         """
-        torch.compiler.reset()  # compiled code is cached for the function `infer` below, at most eight versions of it
         model = copy.deepcopy(self._model)
         hooks = ExitStack()
         features = hooks.enter_context(capture_features(model.network, self.taps))
 
-        def infer(views: torch.Tensor) -> TeacherOutputs:
+        def infer(views: torch.Tensor) -> list[torch.Tensor]:
             with autocast(self.device, self.precision):
                 logits = self._to_logits(model(views))
-            return logits, dict(features)
+            return [logits, *(features[tap] for tap in self.taps)]
 
-        # freezing: weights become constants, cast and packed once. Useful on CPUs.
-        options: dict[str, Any] = {"freezing": True} if self.device.type == "cpu" else {}
-        compiled = torch.compile(infer, fullgraph=True, dynamic=False, options=options)
+        def pad(views: torch.Tensor) -> torch.Tensor:
+            n = len(views)
+            return (views if n == rows else views[torch.arange(rows, device=views.device) % n]).contiguous()
+
+        program = make_program(infer, model, pad(views.to(self.device)), tell)
 
         def infer_padded(views: torch.Tensor) -> TeacherOutputs:
             features.clear()  # a guard of the compiled code: with the features of the last batch it is compiled again
-            n = len(views)
             with torch.no_grad():  # inference mode would be another guard
-                if n < rows:
-                    views = views[torch.arange(rows, device=views.device) % n]
-                logits, padded_features = compiled(views)
-            return logits[:n], {tap: x[:n] for tap, x in padded_features.items()}
+                outputs = program(pad(views))
+            logits, *padded_features = (output[: len(views)] for output in outputs)
+            return logits, dict(zip(self.taps, padded_features, strict=True))
 
         infer_padded(views.to(self.device))
         self._compiled, self._hooks = infer_padded, hooks  # the copy's hooks are needed as long as the compiled code

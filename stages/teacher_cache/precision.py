@@ -143,14 +143,13 @@ def restore_precision(
 
 
 def compile_teacher(inference: TeacherInference, trial_views: TrialViews, console: Console) -> bool:
-    """Compile a teacher, or print in one line why that failed.
+    """Compile a teacher, or load what was compiled before; print in one line which of these, and why it failed.
 
     Returns:
         Whether it was compiled. If not, it runs as before.
     """
-    console.print("compiling the teacher, 5 to 25 s")
     try:
-        inference.compile(trial_views.render()[0], trial_views.batch_rows)
+        inference.compile(trial_views.render()[0], trial_views.batch_rows, console.print)
     except Exception as error:  # no compiler, or a network that it cannot compile: the teacher runs without
         reason = make_printable((str(error).strip().splitlines() or [""])[0], 120)
         console.print(f"not compiled, the teacher runs as it is: {type(error).__name__}: {reason}")

@@ -299,6 +299,7 @@ def test_where_compiling_fails_one_line_is_printed_and_the_rows_are_those_of_the
     def fail_to_compile(*arguments: Any, **more: Any) -> Any:
         raise RuntimeError("no working C++ compiler\nand so on")
 
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail_to_compile)
     monkeypatch.setattr(torch, "compile", fail_to_compile)
     code, out, err = stages.call(*tiny_cache_command(tiny)[:-1], tmp_path / "c", "--compile")
     assert code == 0, err
@@ -321,6 +322,10 @@ def test_a_padded_batch_has_the_outputs_of_its_rows_and_no_second_shape_is_compi
 
         return run
 
+    def fail_to_export(*arguments: Any, **more: Any) -> Any:
+        raise RuntimeError
+
+    monkeypatch.setattr(torch.export, "export", fail_to_export)
     monkeypatch.setattr(torch, "compile", record_shapes)
     torch.manual_seed(0)
     teacher = make_teacher(build("resnet8", 10, 3, 16))
