@@ -303,7 +303,7 @@ def test_a_student_is_resumed_by_another_number_of_ranks(
     command = ("student", "--cache", tiny / "cache", *EVERYTHING)
     expected = stages(*command, "--out", "one")
     died = error(torchrun(2, DYING_RANK, 1, "train_step", 10, *command, "--out", "many", cwd=tmp_path))
-    assert "another rank has ended" in died or "stopped" in died
+    assert "has ended" in died or "stopped" in died
     assert len(read_metric_lines(tmp_path / "many/seed-0/distilled/metrics.jsonl")) == 1
     done = forks.run_ranks(
         3, "student", "--resume", "--tensorboard", "--log-every", 1, "--out", "many", "--json", cwd=tmp_path
