@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import publish, read_regular_file
-from softcache.base.user_cache import KEY, KEY_BYTES, find_user_folder, load_key
+from softcache.base.user_cache import KEY, KEY_BYTES, find_user_folder, load_key, sign
 
 NO_INDEX = "none"  # the value of --index that turns the records off
 RACY_NS = 2_000_000_000  # a file that changed so shortly before may change again within the clock's resolution
@@ -62,7 +62,9 @@ class ContentIndex:
             key = read_regular_file(self.folder, KEY, KEY_BYTES)
             content = memoryview(read_regular_file(self.folder, name, _MAX_BYTES))
             signature, payload = content[len(_MAGIC) : len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
-            if content[: len(_MAGIC)] != _MAGIC or not hmac.compare_digest(signature, _sign(key, name, payload)):
+            if content[: len(_MAGIC)] != _MAGIC or not hmac.compare_digest(
+                signature, sign(key, _MAGIC, name, payload)
+            ):
                 raise CacheError(f"{self.folder / name}: its signature is wrong")
             return _decode(payload)
         except (CacheError, OSError, ValueError, KeyError, TypeError):
@@ -88,7 +90,7 @@ class ContentIndex:
         name = _name_record(kind, path)
         payload = _encode(header, columns)
         try:
-            signature = _sign(load_key(self.folder), name, payload)
+            signature = sign(load_key(self.folder), _MAGIC, name, payload)
 
             def write(temporary: Path) -> None:
                 with open(temporary, "wb") as file:
@@ -148,12 +150,6 @@ def is_racy(stamps: NDArray[np.int64], now_ns: int) -> NDArray[np.bool_]:
 
 def _name_record(kind: str, path: Path) -> str:
     return f"{sha256(os.fsencode(path.absolute())).hexdigest()[:32]}.{kind}"
-
-
-def _sign(key: bytes, name: str, payload: bytes | memoryview) -> bytes:
-    signature = hmac.new(key, _MAGIC + name.encode() + b"\0", sha256)
-    signature.update(payload)
-    return signature.digest()
 
 
 def _encode(header: Mapping[str, Any], columns: Columns) -> bytes:

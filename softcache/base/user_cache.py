@@ -1,7 +1,9 @@
 """The folder of softcache in the user's cache folder, and random keys with which files of this user's are signed."""
 
+import hmac
 import os
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
 from .errors import CacheError
@@ -47,3 +49,17 @@ def load_key(folder: Path) -> bytes:
         os.link(temporary, path)
     temporary.unlink()
     return read_regular_file(folder, KEY, KEY_BYTES)
+
+
+def sign(key: bytes, kind: bytes, name: str, payload: bytes | memoryview) -> bytes:
+    """Return the signature of a file, HMAC-SHA256: 32 bytes.
+
+    Args:
+        key: Of the folder, see `load_key`.
+        kind: The first bytes of files of its kind, so that none is taken for one of another kind.
+        name: Of the file in the folder, so that none is taken for another one.
+        payload: What is signed.
+    """
+    signature = hmac.new(key, kind + name.encode() + b"\0", sha256)
+    signature.update(payload)
+    return signature.digest()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from softcache.base.errors import CacheError
 from softcache.base.files import make_folder, open_regular_file, publish, read_regular_file
-from softcache.base.user_cache import KEY, KEY_BYTES, find_user_folder, load_key
+from softcache.base.user_cache import KEY, KEY_BYTES, find_user_folder, load_key, sign
 
 MAX_PROGRAMS, MAX_BYTES = 20, 2 << 30  # of the folder; the least recently used are deleted
 _MAGIC = b"softcache program1\n"
@@ -53,7 +53,7 @@ class KeptPrograms:
                 if status.st_uid != os.geteuid() or status.st_size > MAX_BYTES:
                     return None
                 head, payload = file.read(len(_MAGIC) + sha256().digest_size), file.read()
-            if len(key) != KEY_BYTES or not hmac.compare_digest(head, _MAGIC + _sign(key, name, payload)):
+            if len(key) != KEY_BYTES or not hmac.compare_digest(head, _MAGIC + sign(key, _MAGIC, name, payload)):
                 return None
             os.utime(self.folder / (name + _SUFFIX))  # the time of its last use
         except (CacheError, OSError):
@@ -79,7 +79,7 @@ class KeptPrograms:
                 return False
             if (self.folder / KEY).exists() and not _is_private(self.folder / KEY):
                 (self.folder / KEY).unlink()
-            signature = _sign(load_key(self.folder), name, payload)
+            signature = sign(load_key(self.folder), _MAGIC, name, payload)
 
             def write(temporary: Path) -> None:
                 with open(temporary, "wb") as file:
@@ -119,9 +119,3 @@ def _is_private(path: Path) -> bool:
     status = path.lstat()
     is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
     return is_plain and status.st_uid == os.geteuid() and not status.st_mode & 0o077
-
-
-def _sign(key: bytes, name: str, payload: bytes) -> bytes:
-    signature = hmac.new(key, _MAGIC + name.encode() + b"\0", sha256)
-    signature.update(payload)
-    return signature.digest()
