@@ -90,6 +90,16 @@ def assert_ended(job: Job, most_seconds: float, lines_of_each: bool = False) -> 
     return " | ".join(line for of_host in lines for line in of_host)
 
 
+def cut_until_ended(hosts: Hosts, job: Job, host: int) -> float:
+    """Cut the link of a host until the command has ended on both; return the seconds that the last one took."""
+    hosts.cut(host)
+    job.mark()
+    lines = assert_ended(job, LONGEST, lines_of_each=True)
+    assert "cannot be reached" in lines
+    hosts.mend(host)
+    return max(job.seconds)
+
+
 # The same bytes
 
 
@@ -203,12 +213,7 @@ def test_a_cache_whose_link_is_cut_for_ever_ends_and_goes_on(
         job.wait_for(
             lambda out=out, trial=trial: (out / "unfinished.json").exists() and count_shards(out) >= 20 * trial
         )
-        hosts.cut(trial % 2)
-        job.mark()
-        lines = assert_ended(job, LONGEST, lines_of_each=True)
-        assert "cannot be reached" in lines
-        longest = max(longest, *job.seconds)
-        hosts.mend(trial % 2)
+        longest = max(longest, cut_until_ended(hosts, job, trial % 2))
         hosts.succeeds(1, *command, cwd=tmp_path)
         assert_same_cache(out, one_cache)
     print(f"\nstage one: {trials} cut links, all ended and went on; at most {longest:.1f} s after the cut")
@@ -226,12 +231,7 @@ def test_a_student_whose_link_is_cut_for_ever_ends_and_goes_on(
     for trial in range(trials):
         job = hosts.start(2, *processes.make_resume_command(run, command), cwd=tmp_path)
         job.wait_for(lambda trial=trial: count_epochs(run) >= 40 * trial + 20)
-        hosts.cut(trial % 2)
-        job.mark()
-        lines = assert_ended(job, LONGEST, lines_of_each=True)
-        assert "cannot be reached" in lines
-        longest = max(longest, *job.seconds)
-        hosts.mend(trial % 2)
+        longest = max(longest, cut_until_ended(hosts, job, trial % 2))
     hosts.succeeds(2, "student", "--resume", "--out", run, cwd=tmp_path)
     assert_equal_runs(run, tmp_path / "one")
     print(f"\nstudent: {trials} cut links, all ended and went on; at most {longest:.1f} s after the cut")
