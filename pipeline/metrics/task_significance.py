@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from scipy.sparse import csr_array
-
 from softcache.data.tasks import EMBEDDING, LABELS, NUMBERS, HardTargets, find_known_entries
 
 from .significance import RESAMPLES, Difference, Floats, compute_interval, resample_seeds
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 LABEL_RESAMPLES = 2_000  # of mAP, each of which takes a millisecond for 10,000 rows of 10 labels
 _BLOCK = 1_000_000  # counts of resamples that are in memory at once: 8 MB
