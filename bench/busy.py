@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 
-import torch
-
 from softcache.stages.cli.malloc import keep_large_blocks
 from softcache.stages.cli.openmp import VARIABLES, choose_waiting
 
@@ -76,10 +74,8 @@ def make_work(options: BenchOptions, work: str, arch: str) -> Contender:
     """Return the contender of a kind of work, in the process that does it."""
     keep_large_blocks()
     if work == "stage one":
-        data, weights = fixtures.add_data_set(options.scale(IMAGES[arch], 150)), options.folder / f"{arch}.pt"
-        if not weights.exists():
-            torch.save(fixtures.make_teacher(arch).network.state_dict(), weights)
-        return StageOne(options, data, teacher=arch, weights=str(weights), normalize="imagenet", precision="float32")
+        data = fixtures.add_data_set(options.scale(IMAGES[arch], 150))
+        return StageOne(options, data, teacher=arch, normalize="imagenet", precision="float32")
     data = fixtures.add_data_set(options.scale(4096, 400), *((1, 28) if arch.startswith("mlp") else (3, 32)))
     cache = fixtures.write_random_cache(options.folder / f"busy-{os.getpid()}", data)
     config, setup = fixtures.open_setup(cache, data, arch)

@@ -176,7 +176,7 @@ class StageOne:
     def __init__(self, options: BenchOptions, data: str, **more: Any):
         self.options, self.data, self.more = options, data, more
         if "weights" not in more:
-            self.more["weights"] = str(_save_teacher(options))
+            self.more["weights"] = str(_save_teacher(options, more.get("teacher", "resnet56")))
         self.fixed_seconds: list[float] = []
 
     def __call__(self) -> float:
@@ -223,9 +223,9 @@ def _make_config(options: BenchOptions, data: str, **more: Any) -> CacheConfig:
     )
 
 
-def _save_teacher(options: BenchOptions) -> Path:
-    """Save the weights of a ResNet-56, unless they are there."""
-    path = options.folder / "teacher.pt"
+def _save_teacher(options: BenchOptions, arch: str = "resnet56") -> Path:
+    """Save the weights of a teacher, unless they are there."""
+    path = options.folder / f"{arch}.pt"
     if not path.exists():
-        torch.save(fixtures.make_teacher("resnet56").network.state_dict(), path)
+        torch.save(fixtures.make_teacher(arch).network.state_dict(), path)
     return path
