@@ -3,7 +3,7 @@
 In NumPy, with the definitions of scikit-learn: importing that takes 1.2 s, a third of a small student's run.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -100,21 +100,31 @@ def summarize(logits: NDArray[np.floating], labels: Labels) -> dict[str, float]:
     if not is_labelled.any():
         return {}
     labels, predicted = labels[is_labelled], logits.argmax(1)[is_labelled]
+    scores = _score_classes(labels, predicted, logits.shape[1])
     return {
         "accuracy": float((predicted == labels).mean()),
-        "f1_macro": _compute_f1_macro(labels, predicted),
+        "f1_macro": float(scores.f1[scores.support > 0].mean()),
         "nll": mean_nll(log_softmax(logits[is_labelled]), labels),
     }
 
 
-def _compute_f1_macro(labels: Labels, predicted: Labels) -> float:
-    """Compute scikit-learn's f1_score over the classes that occur.
+class _ClassScores(NamedTuple):
+    """Scores of each class, [K]; 0 where nothing is to be divided by."""
+
+    precision: Floats
+    recall: Floats
+    f1: Floats
+    support: Labels
+
+
+def _score_classes(labels: Labels, predicted: Labels, K: int) -> _ClassScores:
+    """Compute scikit-learn's precision_recall_fscore_support, with 0 for a division by zero.
 
     It takes 0.03 ms where scikit-learn takes 3: every epoch needs it, and an epoch of a small student takes 15 ms.
     """
-    K = int(max(labels.max(), predicted.max())) + 1
-    rows, predictions, hits = (np.bincount(x, minlength=K) for x in (labels, predicted, labels[labels == predicted]))
-    return float((2 * hits / np.maximum(rows + predictions, 1))[rows > 0].mean())
+    support, claims, hits = (np.bincount(x, minlength=K) for x in (labels, predicted, labels[labels == predicted]))
+    precision, recall = hits / np.maximum(claims, 1), hits / np.maximum(support, 1)
+    return _ClassScores(precision, recall, 2 * hits / np.maximum(claims + support, 1), support)
 
 
 def rank_labels(logits: NDArray[np.floating], labels: Labels) -> NDArray[np.int64]:
@@ -136,10 +146,8 @@ def _compute_label_metrics(logits: NDArray[np.floating], log_p: Floats, labels: 
     """Compute the metrics that need labels. Predictions are read from the logits: rounding can tie probabilities."""
     p, predicted, K = np.exp(log_p), logits.argmax(1), log_p.shape[1]
     one_hot = np.eye(K)[labels]
-    support, claims, hits = (np.bincount(x, minlength=K) for x in (labels, predicted, labels[labels == predicted]))
+    precision, recall, f1, support = _score_classes(labels, predicted, K)
     present = support > 0
-    precision, recall = hits / np.maximum(claims, 1), hits / np.maximum(support, 1)
-    f1 = 2 * hits / np.maximum(claims + support, 1)
     areas = [compute_auroc(p[:, k], labels == k) for k in range(K)] if present.all() and K > 1 else []
     return {
         "accuracy": float((predicted == labels).mean()),
