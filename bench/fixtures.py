@@ -18,8 +18,8 @@ from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.sources import SOURCES, Source
 from softcache.data.sources.source_data import LabelledImages, ReadingOptions, SourceData
 from softcache.data.transfer_set import TransferSet, load_transfer_set
-from softcache.data.view_policy import ViewPolicy, parse_views
-from softcache.data.views import render
+from softcache.data.views.policy import ViewPolicy, parse_views
+from softcache.data.views.render import render
 from softcache.pipeline.cache.checksums import compute_crc32
 from softcache.pipeline.cache.codecs import CODECS, measure_fidelity
 from softcache.pipeline.cache.identity import Identity, make_identity

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from softcache.data.device_views import copy_to_device
+from softcache.data.views.on_device import copy_to_device
 from softcache.pipeline.batch import Batch
 from softcache.pipeline.models.bn_folding import fold_batch_norm
 from softcache.pipeline.models.precision import autocast

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softcache.data.view_policy import parse_views
+from softcache.data.views.policy import parse_views
 from softcache.pipeline.cache.manifest_reader import read_manifest
 from softcache.pipeline.loading.rendering import render_batches
 from softcache.pipeline.models import build

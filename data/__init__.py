@@ -1,6 +1,6 @@
 """The data: transfer sets, their sources, images in memory, in files and of a dataset, augmented views, long tails.
 
-May import base. The only package that knows torchvision's data sets. Begin with `transfer_set.py`, then `views.py`;
+May import base. The only package that knows torchvision's data sets. Begin with `transfer_set.py`, then `views/`;
 where data come from is in `sources/`, and what views are made of in `images/`.
 """
 

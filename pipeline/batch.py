@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base.errors import UsageError
-from softcache.data.device_views import copy_to_device
+from softcache.data.views.on_device import copy_to_device
 
 Targets = tuple[torch.Tensor | None, dict[str, torch.Tensor]]  # logits and features of some rows, as in Batch
 

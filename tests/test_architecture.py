@@ -94,7 +94,7 @@ def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
 
 
 def test_these_tests_see_every_package() -> None:
-    assert {"softcache/base/rng.py", "data/views.py", "pipeline/losses/hard.py", "stages/main.py"} <= set(FILES)
+    assert {"softcache/base/rng.py", "data/views/render.py", "pipeline/losses/hard.py", "stages/main.py"} <= set(FILES)
     assert {package_of(module) for module in MODULES} - {"pipeline", "stages"} == set(LEVEL)
 
 
@@ -284,7 +284,7 @@ def test_every_data_set_is_in_the_help_of_the_commands_that_take_one() -> None:
 
 
 def test_every_view_policy_and_codec_is_in_the_help_of_stage_one() -> None:
-    from softcache.data.view_policy import VIEW_POLICIES
+    from softcache.data.views.policy import VIEW_POLICIES
     from softcache.pipeline.cache.codecs import CODECS
 
     words = words_of_help("teacher-cache")
@@ -331,7 +331,7 @@ def test_no_name_stands_twice_in_a_table() -> None:
 
 
 def test_a_row_is_filed_under_its_own_name() -> None:
-    from softcache.data.view_policy import VIEW_POLICIES
+    from softcache.data.views.policy import VIEW_POLICIES
     from softcache.pipeline.losses import LOSSES
 
     for table in (VIEW_POLICIES, LOSSES):

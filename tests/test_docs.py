@@ -311,7 +311,7 @@ def test_a_table_is_made_from_the_results_alone() -> None:
 
 def test_the_guides_name_every_row_of_the_tables() -> None:
     from softcache.data.sources import SOURCES
-    from softcache.data.view_policy import VIEW_POLICIES
+    from softcache.data.views.policy import VIEW_POLICIES
     from softcache.pipeline.cache.codecs import CODECS
     from softcache.pipeline.losses import LOSSES
     from softcache.pipeline.models import MODELS

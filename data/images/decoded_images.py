@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from softcache.base.errors import CacheError, make_printable
-from softcache.data.views import pad_images
+from softcache.data.views.render import pad_images
 
 from .decoding import GREY_MODES, Box, apply_orientation, center_crop, resized_crop
 from .image_arrays import stack_images

@@ -11,7 +11,7 @@ from PIL import Image
 
 from softcache.base.progress import Progress
 from softcache.data.tasks import HardTargets, to_hashed_bytes
-from softcache.data.views import pad_images
+from softcache.data.views.render import pad_images
 
 from .decoding import Box, center_crop, resized_crop
 

@@ -10,7 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from softcache.data.transfer_set import TransferSet
-from softcache.data.view_policy import ViewPolicy
+from softcache.data.views.policy import ViewPolicy
 
 FORMAT = 1
 PRECISIONS = ("float32", "bfloat16")

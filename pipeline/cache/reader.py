@@ -35,7 +35,7 @@ from softcache.data.sources import (
 from softcache.data.sources.dataset import find_class_names
 from softcache.data.tasks import EMBEDDING
 from softcache.data.transfer_set import TransferSet, load_transfer_set
-from softcache.data.view_policy import ViewPolicy, check_policy, read_views
+from softcache.data.views.policy import ViewPolicy, check_policy, read_views
 from softcache.pipeline.batch import LinearHead
 from softcache.pipeline.models.prepared_model import InputSpec
 

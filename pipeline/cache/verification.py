@@ -11,7 +11,7 @@ from softcache.base.errors import CacheError, make_printable
 from softcache.base.progress import Progress
 from softcache.base.threads import map_in_threads
 from softcache.data.transfer_set import TransferSet
-from softcache.data.views import ImageSource, render
+from softcache.data.views.render import ImageSource, render
 
 from .checksums import compute_crc32
 from .folder import HEAD_FILE

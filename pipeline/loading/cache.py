@@ -17,7 +17,7 @@ from softcache.base.progress import ProgressCallback, resolve_progress
 from softcache.data.content_index import open_index
 from softcache.data.tasks import EMBEDDING, HardTargets, require_classes
 from softcache.data.transfer_set import Split, TransferSet, count_classes
-from softcache.data.views import render
+from softcache.data.views.render import render
 from softcache.pipeline.batch import LinearHead, LossContext
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage, verify_views

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.data.device_views import can_render_on_device, copy_to_device, render_on_device
 from softcache.data.images.image_arrays import ImageArrays
-from softcache.data.view_policy import ViewPolicy
-from softcache.data.views import Draw, ImageSource
+from softcache.data.views.on_device import can_render_on_device, copy_to_device, render_on_device
+from softcache.data.views.policy import ViewPolicy
+from softcache.data.views.render import Draw, ImageSource
 from softcache.pipeline.batch import Targets, TargetSource
 
 Rows = NDArray[np.int64]

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.paired_views import render_pairs
-from softcache.data.view_policy import ViewPolicy
-from softcache.data.views import Draw, ImageSource, render
+from softcache.data.views.pairs import render_pairs
+from softcache.data.views.policy import ViewPolicy
+from softcache.data.views.render import Draw, ImageSource, render
 from softcache.pipeline.cache.checksums import compute_crc32
 
 from .prefetch import map_in_workers, prefetch, share_memory

@@ -21,7 +21,7 @@ from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, 
 from softcache import __version__
 from softcache.base.errors import CacheError
 from softcache.data.tasks import NUMBERS
-from softcache.data.views import render
+from softcache.data.views.render import render
 from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.stages.cli.console import progress
 from softcache.stages.student.setup import DistillationSetup

@@ -12,7 +12,7 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.base.threads import take_first
 from softcache.data.sources import is_user_dataset
 from softcache.data.transfer_set import TransferSet
-from softcache.data.view_policy import ViewPolicy
+from softcache.data.views.policy import ViewPolicy
 from softcache.pipeline.loading.rendering import render_batches
 from softcache.stages.cli.configs import ReportConfig
 from softcache.stages.student.teachers import load_shared_data, open_caches

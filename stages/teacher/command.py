@@ -14,7 +14,7 @@ from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import short_name
 from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS, find_known, measure_targets, require_classes
 from softcache.data.transfer_set import count_classes
-from softcache.data.view_policy import parse_views
+from softcache.data.views.policy import parse_views
 from softcache.pipeline.batch import LossContext
 from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.losses import HARD_LOSSES

@@ -13,8 +13,8 @@ from softcache.data.content_index import open_index
 from softcache.data.images.unreadable import find_all_unreadable
 from softcache.data.sources import DATASET, get_source_name
 from softcache.data.transfer_set import TransferSet, load_transfer_set
-from softcache.data.view_policy import ViewPolicy, check_policy
-from softcache.data.views import render
+from softcache.data.views.policy import ViewPolicy, check_policy
+from softcache.data.views.render import render
 from softcache.pipeline.models.configurations import (
     NetworkConfiguration,
     find_configuration,

@@ -15,8 +15,8 @@ from softcache.base.errors import make_printable
 from softcache.data.sources.class_order import SORTED_ORDERS, sort_classes
 from softcache.data.tasks import CLASSES
 from softcache.data.transfer_set import TransferSet
-from softcache.data.view_policy import ViewPolicy
-from softcache.data.views import render
+from softcache.data.views.policy import ViewPolicy
+from softcache.data.views.render import render
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.models.prepared_model import NORMALIZATIONS, PreparedModel

@@ -15,7 +15,7 @@ from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import DATASET, format_placeholder, get_source_name, short_name
 from softcache.data.tasks import EMBEDDING, LABELS, NUMBERS, require_classes
 from softcache.data.transfer_set import TransferSet
-from softcache.data.view_policy import ViewPolicy, parse_views
+from softcache.data.views.policy import ViewPolicy, parse_views
 from softcache.pipeline.cache.codecs import CODECS
 from softcache.pipeline.cache.existing import Complete, read_existing, read_in_progress_file, read_inference_settings
 from softcache.pipeline.cache.folder import MANIFEST_FILE

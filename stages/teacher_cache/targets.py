@@ -13,7 +13,7 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.base.threads import take_first
 from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, HardTargets
 from softcache.data.transfer_set import TransferSet
-from softcache.data.view_policy import ViewPolicy
+from softcache.data.views.policy import ViewPolicy
 from softcache.pipeline.cache.codecs import CODECS, Codec, measure_fidelity
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.rows import make_row_order

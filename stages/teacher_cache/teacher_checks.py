@@ -15,7 +15,7 @@ from torch import nn
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.schema import validate
 from softcache.data.tasks import LABELS
-from softcache.data.views import render
+from softcache.data.views.render import render
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.models.other_frameworks.file_network import StoredTargets
 from softcache.stages.cli.console import Console

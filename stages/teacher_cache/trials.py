@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.data.transfer_set import TransferSet
-from softcache.data.view_policy import ViewPolicy
-from softcache.data.views import render
+from softcache.data.views.policy import ViewPolicy
+from softcache.data.views.render import render
 from softcache.pipeline.cache.codecs import measure_fidelity
 from softcache.pipeline.cache.manifest import PrecisionRecord
 from softcache.pipeline.cache.rows import make_row_order

@@ -11,7 +11,7 @@ from torch import nn
 from softcache.base.errors import UsageError
 from softcache.data.tasks import CLASSES, EMBEDDING, find_known
 from softcache.data.transfer_set import Split, TransferSet
-from softcache.data.view_policy import ViewPolicy
+from softcache.data.views.policy import ViewPolicy
 from softcache.pipeline.loading.rendering import render_batches
 from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.pipeline.metrics.embeddings import mean_cosine

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy.stats import ks_2samp, kstest
 
 from softcache.base import rng
-from softcache.data.view_policy import parse_views
-from softcache.data.views import render
+from softcache.data.views.policy import parse_views
+from softcache.data.views.render import render
 from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers.boxes import BoxRecorder, draw_boxes
 from tests.helpers.commands import Stages

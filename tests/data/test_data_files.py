@@ -14,8 +14,8 @@ import softcache
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.sources.files.data_files import expand_braces
 from softcache.data.transfer_set import TransferSet
-from softcache.data.view_policy import parse_views
-from softcache.data.views import render
+from softcache.data.views.policy import parse_views
+from softcache.data.views.render import render
 from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers.commands import Stages
 from tests.helpers.data_files import (

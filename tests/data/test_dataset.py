@@ -19,8 +19,8 @@ from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.sources import dataset as dataset_source
 from softcache.data.sources import load_source
 from softcache.data.transfer_set import Split, TransferSet, load_transfer_set
-from softcache.data.view_policy import parse_views
-from softcache.data.views import render
+from softcache.data.views.policy import parse_views
+from softcache.data.views.render import render
 from softcache.pipeline.loading.rendering import render_batches
 
 Pixels = NDArray[np.uint8]

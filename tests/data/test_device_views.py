@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.data.device_views import can_render_on_device, render_on_device
 from softcache.data.images.image_arrays import ImageArrays
-from softcache.data.view_policy import parse_views
-from softcache.data.views import render
+from softcache.data.views.on_device import can_render_on_device, render_on_device
+from softcache.data.views.policy import parse_views
+from softcache.data.views.render import render
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading import device_cache

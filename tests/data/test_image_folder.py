@@ -14,8 +14,8 @@ from softcache.data.images import image_sample
 from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.images.image_folder import ImageFolder
 from softcache.data.transfer_set import Split, TransferSet, load_transfer_set
-from softcache.data.view_policy import parse_views
-from softcache.data.views import render
+from softcache.data.views.policy import parse_views
+from softcache.data.views.render import render
 
 Save = Callable[..., Image.Image]
 

@@ -15,8 +15,8 @@ from PIL import Image
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.images import image_sample
 from softcache.data.transfer_set import TransferSet, load_transfer_set
-from softcache.data.view_policy import parse_views
-from softcache.data.views import render
+from softcache.data.views.policy import parse_views
+from softcache.data.views.render import render
 from softcache.pipeline.models import build
 from tests.helpers.commands import Stages
 

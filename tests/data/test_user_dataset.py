@@ -151,8 +151,8 @@ def test_a_run_alone_imports_nothing(module: Path, stages: Stages) -> None:
 
 
 def test_the_pixels_are_those_of_the_source_of_the_same_images(module: Path) -> None:
-    from softcache.data.view_policy import parse_views
-    from softcache.data.views import render
+    from softcache.data.views.policy import parse_views
+    from softcache.data.views.render import render
 
     index = np.arange(240)
     images = load_source("own_digits:splits").splits["train"].images

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softcache.base.errors import UsageError
-from softcache.data.view_policy import VIEW_POLICIES, parse_views, read_views
+from softcache.data.views.policy import VIEW_POLICIES, parse_views, read_views
 
 
 def test_a_spec_sets_the_parameters_that_it_names_and_no_others() -> None:

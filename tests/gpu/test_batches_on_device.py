@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import softcache
-from softcache.data.device_views import render_on_device
 from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.transfer_set import Split
-from softcache.data.view_policy import parse_views
-from softcache.data.views import render
+from softcache.data.views.on_device import render_on_device
+from softcache.data.views.policy import parse_views
+from softcache.data.views.render import render
 from softcache.pipeline.batch import Batch
 from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.models import build

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.data.images.decoding import Box
-from softcache.data.view_policy import parse_views
-from softcache.data.views import Draw, render
+from softcache.data.views.policy import parse_views
+from softcache.data.views.render import Draw, render
 
 
 class BoxRecorder:

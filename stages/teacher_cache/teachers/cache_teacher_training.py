@@ -7,7 +7,7 @@ from typing import Any
 
 from softcache.base.errors import CacheError, CacheMismatchError, make_printable
 from softcache.data.transfer_set import TransferSet
-from softcache.data.view_policy import ViewPolicy
+from softcache.data.views.policy import ViewPolicy
 from softcache.pipeline.cache.existing import Complete, Unfinished, read_existing
 from softcache.pipeline.cache.identity import format_differences, make_identity
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig

@@ -12,8 +12,8 @@ import torch
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import read_input_file
 from softcache.data.transfer_set import TransferSet
-from softcache.data.view_policy import ViewPolicy
-from softcache.data.views import render
+from softcache.data.views.policy import ViewPolicy
+from softcache.data.views.render import render
 from softcache.pipeline.models.class_map import ClassMap
 from softcache.pipeline.models.configurations import find_configuration
 from softcache.pipeline.models.custom_networks import is_live_arch

@@ -8,7 +8,7 @@ import torch
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.packages import require_extra
 from softcache.data.transfer_set import TransferSet
-from softcache.data.view_policy import ViewPolicy, parse_views
+from softcache.data.views.policy import ViewPolicy, parse_views
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models.other_frameworks.file_network import FILE_TEACHERS, FileNetwork, parse_file_teacher
 from softcache.pipeline.models.other_frameworks.onnx_network import OnnxNetwork, load_onnx_network

@@ -9,7 +9,7 @@ from torch import nn
 from softcache.base.errors import UsageError
 from softcache.data.tasks import EMBEDDING
 from softcache.data.transfer_set import TransferSet
-from softcache.data.view_policy import ViewPolicy
+from softcache.data.views.policy import ViewPolicy
 from softcache.pipeline.models import build, check_arch, is_custom_arch, is_external_arch
 from softcache.pipeline.models.archs.torchvision_models import SMALL_ADVICE, has_other_stem
 from softcache.pipeline.models.checkpoint_files import choose_state_dict, describe_choice, read_checkpoint

@@ -13,7 +13,7 @@ from hypothesis import strategies as some
 
 from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.transfer_set import Split, TransferSet
-from softcache.data.view_policy import parse_views
+from softcache.data.views.policy import parse_views
 from softcache.pipeline.cache.identity import (
     FORMAT,
     compute_fingerprint,

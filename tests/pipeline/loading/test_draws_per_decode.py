@@ -13,8 +13,8 @@ import torch
 import softcache.stages.training.loop as training
 from softcache.data.images.image_folder import ImageFolder
 from softcache.data.transfer_set import load_transfer_set
-from softcache.data.view_policy import VIEW_POLICIES, parse_views
-from softcache.data.views import render
+from softcache.data.views.policy import VIEW_POLICIES, parse_views
+from softcache.data.views.render import render
 from softcache.pipeline.batch import Batch
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import CacheReader

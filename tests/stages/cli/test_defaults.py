@@ -4,7 +4,7 @@ import pytest
 
 from softcache.base.errors import UsageError
 from softcache.data.sources import DATASET, SOURCES
-from softcache.data.view_policy import parse_views
+from softcache.data.views.policy import parse_views
 from softcache.pipeline.losses import parse_losses
 from softcache.stages.cli.defaults import DEFAULTS, find_defaults
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from softcache.data.transfer_set import load_transfer_set
-from softcache.data.view_policy import parse_views
+from softcache.data.views.policy import parse_views
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading.groups import get_rank_rows
 from softcache.pipeline.loading.stream import BatchStream

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from softcache.data.sources import load_source
-from softcache.data.view_policy import parse_views
-from softcache.data.views import render
+from softcache.data.views.policy import parse_views
+from softcache.data.views.render import render
 from softcache.pipeline.models import MODELS
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.export.formats import ExportedModel, capture_program, make_onnx

@@ -18,8 +18,8 @@ from PIL import Image
 from softcache.base import packages
 from softcache.data.sources import load_source
 from softcache.data.transfer_set import load_transfer_set
-from softcache.data.view_policy import parse_views
-from softcache.data.views import render
+from softcache.data.views.policy import parse_views
+from softcache.data.views.render import render
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import PreparedModel

@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 import softcache
-from softcache.data.views import render
+from softcache.data.views.render import render
 from softcache.pipeline.loading import training_embeddings
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import PreparedModel

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from softcache.base.progress import no_progress
-from softcache.data.views import render
+from softcache.data.views.render import render
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build
 from softcache.pipeline.models.other_frameworks.onnx_network import load_onnx_network

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from softcache.data.sources import load_source
-from softcache.data.view_policy import parse_views
-from softcache.data.views import render
+from softcache.data.views.policy import parse_views
+from softcache.data.views.render import render
 from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers.commands import Stages
 from tests.helpers.hub import publish_timm_weights, save_hf_model, save_timm_weights

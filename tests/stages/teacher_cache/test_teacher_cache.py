@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from softcache.data.transfer_set import load_transfer_set
-from softcache.data.view_policy import parse_views
-from softcache.data.views import render
+from softcache.data.views.policy import parse_views
+from softcache.data.views.render import render
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.writer import CacheWriter
 from softcache.pipeline.models import build

@@ -10,9 +10,9 @@ from PIL import Image
 
 from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.images.image_folder import ImageFolder
-from softcache.data.paired_views import render_pairs
-from softcache.data.view_policy import parse_views
-from softcache.data.views import render
+from softcache.data.views.pairs import render_pairs
+from softcache.data.views.policy import parse_views
+from softcache.data.views.render import render
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build
 from tests.helpers.commands import Stages

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from softcache.base import rng
 from softcache.data.images.decoding import Box
 
-from .row_views import add_noise, mix_rows
-from .view_policy import ViewPolicy
+from .policy import ViewPolicy
+from .rows import add_noise, mix_rows
 
 Draw = int | NDArray[np.int64]  # one draw for all images of a batch, or int64 [B], one for each
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from softcache.data.images.decoded_images import DecodedImages
 
-from .view_policy import ViewPolicy
-from .views import Draw, ImageSource, render
+from .policy import ViewPolicy
+from .render import Draw, ImageSource, render
 
 _DECODED_AT_ONCE = 8  # images; of 12 megapixels each, they take 300 MB
 

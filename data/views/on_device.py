@@ -1,6 +1,6 @@
 """Views of images that are on a device: the same pixels as views.render gives, computed by torch on that device.
 
-The random numbers are those of views.py, computed by NumPy on the CPU: a few bytes for each view. Nothing waits for
+The random numbers are those of render.py, computed by NumPy on the CPU: a few bytes for each view. Nothing waits for
 the device.
 """
 
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from softcache.base import rng
 from softcache.data.images.image_arrays import ImageArrays
 
-from .view_policy import ViewPolicy
-from .views import CROP_LEFT, CROP_TOP, FLIP, Draw, ImageSource, draw_mixup
+from .policy import ViewPolicy
+from .render import CROP_LEFT, CROP_TOP, FLIP, Draw, ImageSource, draw_mixup
 
 
 def copy_to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
