@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from softcache.base import rng
 from softcache.data.images.image_arrays import ImageArrays
 
+from .draws import CROP_LEFT, CROP_TOP, FLIP, Draw
+from .mixing import draw_mixup
 from .policy import ViewPolicy
-from .render import CROP_LEFT, CROP_TOP, FLIP, Draw, ImageSource, draw_mixup
+from .render import ImageSource
 
 
 def copy_to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -10,8 +10,9 @@ from PIL import Image
 
 from softcache.data.images.decoded_images import DecodedImages
 
+from .draws import Draw
 from .policy import ViewPolicy
-from .render import Draw, ImageSource, render
+from .render import ImageSource, render
 
 _DECODED_AT_ONCE = 8  # images; of 12 megapixels each, they take 300 MB
 

@@ -22,7 +22,7 @@ class ViewPolicy:
         resized_crop: Whether a random box is cut out and resized (Szegedy et al. 2015), of ratio 3/4 to 4/3.
         noise: Whether normal noise is added to each number of a row; for rows of numbers alone.
         revision: How the boxes of resized crops are drawn: 2 as torchvision's RandomResizedCrop, 1 as in caches that
-            were made before there was a revision, see `_draw_boxes_of_revision_1`.
+            were made before there was a revision, see `boxes.py`.
         pad: Pixels of zero padding on each side before a crop.
         std: Standard deviation of the noise, in the units of the data.
         min_scale: Least share of the image's area in a resized crop, 0.001 to 1.

@@ -5,9 +5,10 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.data.images.image_arrays import ImageArrays
+from softcache.data.views.draws import Draw
 from softcache.data.views.on_device import can_render_on_device, copy_to_device, render_on_device
 from softcache.data.views.policy import ViewPolicy
-from softcache.data.views.render import Draw, ImageSource
+from softcache.data.views.render import ImageSource
 from softcache.pipeline.batch import Targets, TargetSource
 
 Rows = NDArray[np.int64]

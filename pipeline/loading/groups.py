@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.data.views.render import Draw
+from softcache.data.views.draws import Draw
 from softcache.pipeline.batch import Targets, TargetSource
 
 Rows = NDArray[np.int64]

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from softcache.base.errors import CacheError, UsageError
+from softcache.data.views.draws import Draw
 from softcache.data.views.pairs import render_pairs
 from softcache.data.views.policy import ViewPolicy
-from softcache.data.views.render import Draw, ImageSource, render
+from softcache.data.views.render import ImageSource, render
 from softcache.pipeline.cache.checksums import compute_crc32
 
 from .prefetch import map_in_workers, prefetch, share_memory

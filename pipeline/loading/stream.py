@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from softcache.data.images.row_arrays import RowArrays
 from softcache.data.tasks import HardTargets
 from softcache.data.transfer_set import Split
+from softcache.data.views.draws import Draw
+from softcache.data.views.mixing import draw_mixup
 from softcache.data.views.policy import ViewPolicy
-from softcache.data.views.render import Draw, draw_mixup, render
+from softcache.data.views.render import render
 from softcache.pipeline.batch import Batch, BatchSource, Targets, TargetSource
 
 from .device_cache import DeviceCache, fits_on_device

@@ -5,7 +5,8 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.data.images.image_arrays import ImageArrays
-from softcache.data.views.render import Draw, ImageSource
+from softcache.data.views.draws import Draw
+from softcache.data.views.render import ImageSource
 from softcache.pipeline.batch import TargetSource
 from softcache.pipeline.cache.checksums import compute_crc32, compute_joined_crc32, join_crc32
 from softcache.pipeline.cache.reader import CacheReader

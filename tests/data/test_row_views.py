@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import UsageError
 from softcache.data.images.row_arrays import RowArrays, make_rows
+from softcache.data.views.mixing import draw_mixup
 from softcache.data.views.policy import check_policy, parse_views, read_views
-from softcache.data.views.render import draw_mixup, render
+from softcache.data.views.render import render
 from softcache.pipeline.cache.checksums import compute_crc32, compute_joined_crc32, join_crc32
 from softcache.pipeline.loading.rendering import render_batches
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel

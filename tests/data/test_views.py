@@ -21,8 +21,9 @@ from softcache.base.errors import CacheError
 from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.images.image_folder import ImageFolder
 from softcache.data.transfer_set import Split, load_transfer_set
+from softcache.data.views.mixing import draw_mixup
 from softcache.data.views.policy import VIEW_POLICIES, parse_views
-from softcache.data.views.render import draw_mixup, render
+from softcache.data.views.render import render
 from softcache.pipeline.loading.rendering import render_batches
 from softcache.pipeline.loading.stream import BatchStream
 from tests.helpers.boxes import BoxRecorder

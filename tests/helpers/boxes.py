@@ -7,8 +7,9 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.data.images.decoding import Box
+from softcache.data.views.draws import Draw
 from softcache.data.views.policy import parse_views
-from softcache.data.views.render import Draw, render
+from softcache.data.views.render import render
 
 
 class BoxRecorder:

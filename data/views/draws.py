@@ -1,0 +1,11 @@
+"""What the random numbers of a view decide."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Draw = int | NDArray[np.int64]  # one draw for all images of a batch, or int64 [B], one for each
+
+# What a random number decides: a part of its key, so that a new parameter never shifts the numbers of an old one.
+CROP_TOP, CROP_LEFT, FLIP, BOX_AREA, BOX_RATIO, BOX_TOP, BOX_LEFT, MIXUP_PARTNER, MIXUP_SHARE = range(9)
+ATTEMPT_AREA, ATTEMPT_RATIO, ATTEMPT_TOP, ATTEMPT_LEFT = range(9, 13)  # the first two followed by the attempt
+NOISE = 13  # followed by the number of four entries of a row
