@@ -148,8 +148,8 @@ class Batch:
             are not combined, embeddings of several widths with zeros behind the narrower ones; NaN in rows that
             are missing in the cache; None without targets.
         features: {tap: [B, …]} of the teacher; float32 of the `taps` of `Cache.loader`.
-        partner: The hard targets of the images that are mixed in; None without mixup.
-        share: float32 [B] in 0 … 1, the share of the view's own image; None without mixup.
+        partner: The hard targets of the images that are mixed in; None where views are not mixed.
+        share: float32 [B] in 0 … 1, the share of the view's own image; None where views are not mixed.
         row_weights: float32 [B], the weight of each row in a term; None for 1 each.
         source: What the batches of one loader have in common; None for a batch of another origin.
     """

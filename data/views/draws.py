@@ -9,3 +9,4 @@ Draw = int | NDArray[np.int64]  # one draw for all images of a batch, or int64 [
 CROP_TOP, CROP_LEFT, FLIP, BOX_AREA, BOX_RATIO, BOX_TOP, BOX_LEFT, MIXUP_PARTNER, MIXUP_SHARE = range(9)
 ATTEMPT_AREA, ATTEMPT_RATIO, ATTEMPT_TOP, ATTEMPT_LEFT = range(9, 13)  # the first two followed by the attempt
 NOISE = 13  # followed by the number of four entries of a row
+MIX_KIND, CUTMIX_SHARE, CUTMIX_TOP, CUTMIX_LEFT = range(14, 18)

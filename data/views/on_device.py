@@ -13,8 +13,9 @@ from softcache.base import rng
 from softcache.data.images.image_arrays import ImageArrays
 
 from .draws import CROP_LEFT, CROP_TOP, FLIP, Draw
-from .mixing import draw_mixup
+from .mixing import draw_mixing
 from .policy import ViewPolicy
+from .rectangles import Rectangles
 from .render import ImageSource
 
 
@@ -48,12 +49,24 @@ def render_on_device(
         uint8 [B, C, H, W].
     """
     views = _render_unmixed(images, policy, seed, index, draw)
-    if policy.mixup > 0:
-        partner, share = draw_mixup(policy, seed, index, draw, len(images))
-        weight = copy_to_device(torch.from_numpy(share).int(), images.device)[:, None, None, None]
-        partner_views = _render_unmixed(images, policy, seed, partner, draw)
-        views = ((views.int() * weight + partner_views.int() * (256 - weight) + 128) >> 8).byte()
+    if policy.mixes_images:
+        mixing = draw_mixing(policy, seed, index, draw, len(images), images.shape[-1])
+        partner_views = _render_unmixed(images, policy, seed, mixing.partner, draw)
+        if policy.mixup > 0:
+            weight = copy_to_device(torch.from_numpy(mixing.weight).int(), images.device)[:, None, None, None]
+            views = ((views.int() * weight + partner_views.int() * (256 - weight) + 128) >> 8).byte()
+        if policy.cutmix > 0:
+            views = torch.where(_make_masks(mixing.boxes, images), partner_views, views)
     return views
+
+
+def _make_masks(rectangles: Rectangles, images: torch.Tensor) -> torch.Tensor:
+    """Whether a pixel is in the rectangle of its view, bool [B, 1, H, W] on the device of the images."""
+    sides = copy_to_device(torch.from_numpy(rectangles), images.device).T[..., None]  # [4, B, 1]
+    pixels = torch.arange(images.shape[-1], device=images.device)
+    rows, columns = (pixels >= sides[:2]) & (pixels < sides[2:])  # [B, S] each
+    masks: torch.Tensor = (rows[:, :, None] & columns[:, None])[:, None]
+    return masks
 
 
 def _render_unmixed(

@@ -27,9 +27,13 @@ class ViewPolicy:
         std: Standard deviation of the noise, in the units of the data.
         min_scale: Least share of the image's area in a resized crop, 0.001 to 1.
         mixup: Alpha of the Beta distribution of the shares of two mixed images (Zhang et al. 2018); 0 mixes none.
+        cutmix: Alpha of the Beta distribution of the shares of two images, of which one fills a box in the other (Yun
+            et al. 2019); 0 cuts none. With mixup too, a view is one or the other, each with probability 1/2.
         size: Side of the view in pixels; 0 is the images' own size.
         resize: Length in pixels to which the shorter side is scaled first; 0 is the images' own size.
         scale: Of a policy made by `at_size`: pixels of the view for one pixel of padding.
+        drawn_size: Of a policy made by `at_size`: the size at which boxes inside of a view are drawn, that of the
+            other policy; 0 is the view's own.
         interpolation: How an image is resized, a name of decoding.FILTERS: "bilinear" but for some teachers.
     """
 
@@ -43,20 +47,28 @@ class ViewPolicy:
     std: float = 0.0
     min_scale: float = 1.0
     mixup: float = 0.0
+    cutmix: float = 0.0
     size: int = 0
     resize: int = 0
     scale: int = 1
+    drawn_size: int = 0
     interpolation: str = "bilinear"
+
+    @property
+    def mixes_images(self) -> bool:
+        """Whether a view shows two images, and so has two hard targets."""
+        return self.mixup > 0 or self.cutmix > 0
 
     def parameters(self) -> dict[str, float]:
         """Return the parameters that this policy has, with their values: part of a cache's identity.
 
-        Revision 1 is left out, as in the identities of the caches that were made with it.
+        Revision 1 is left out, as in the identities of the caches that were made with it; so is an augmentation that
+        is not used, as in those that were made before it existed.
         """
         values = {name: getattr(self, name) for name in _list_parameters(self)}
         if self.revision == 1:
             values.pop("revision", None)
-        return values
+        return {name: value for name, value in values.items() if value or name not in _AUGMENTATIONS}
 
     def without_augmentation(self) -> "ViewPolicy":
         """Return the policy of held-out splits: views of the same size, nothing random."""
@@ -87,7 +99,7 @@ class ViewPolicy:
                 )
             scale = size // self.size
         resize = round(self.resize * size / self.size)
-        return replace(self, size=size, resize=resize, scale=scale, interpolation=interpolation)
+        return replace(self, size=size, resize=resize, scale=scale, drawn_size=self.size, interpolation=interpolation)
 
 
 VIEW_POLICIES: dict[str, ViewPolicy] = {
@@ -98,15 +110,17 @@ VIEW_POLICIES: dict[str, ViewPolicy] = {
     "noise": ViewPolicy("noise", noise=True, std=0.1),
 }
 ROW_POLICIES = ("none", "noise")  # for rows of numbers
+_AUGMENTATIONS = ("cutmix",)  # of images alone, with each policy for images
 
 
 def _list_parameters(policy: ViewPolicy) -> list[str]:
     names = ["mixup", "size", "resize"]
+    if policy.noise:
+        return ["std", *names]
+    names += _AUGMENTATIONS
     if policy.crop:
         return ["pad", *names]
-    if policy.resized_crop:
-        return ["min_scale", *names, "revision"]
-    return ["std", *names] if policy.noise else names
+    return ["min_scale", *names, "revision"] if policy.resized_crop else names
 
 
 def parse_views(spec: str) -> ViewPolicy:
@@ -156,11 +170,11 @@ def check_policy(policy: ViewPolicy, shape: tuple[int, ...]) -> None:
             f"views '{policy.name}' are for images, the data are rows of numbers {list(shape)}: there are"
             f" {', '.join(ROW_POLICIES)}, such as noise:std=0.1 or none:mixup=0.2"
         )
-    if shape and (policy.size or policy.resize):
-        name, value = ("size", policy.size) if policy.size else ("resize", policy.resize)
-        raise UsageError(
-            f"views: {name}={value} is for images, the data are rows of numbers {list(shape)}: leave it out"
-        )
+    for name in ("size", "resize", *_AUGMENTATIONS):
+        if shape and (value := policy.parameters().get(name)):
+            raise UsageError(
+                f"views: {name}={value} is for images, the data are rows of numbers {list(shape)}: leave it out"
+            )
 
 
 def read_views(record: Mapping[str, Any]) -> ViewPolicy:

@@ -17,7 +17,7 @@ from softcache.data.images.decoding import Box
 
 from .boxes import draw_boxes
 from .draws import CROP_LEFT, CROP_TOP, FLIP, NOISE, Draw
-from .mixing import draw_mixup, mix_images
+from .mixing import draw_mixing, mix_images
 from .policy import ViewPolicy
 from .rows import add_noise, mix_rows
 
@@ -96,10 +96,13 @@ def render(images: ImageSource, policy: ViewPolicy, seed: int, index: NDArray[np
         CacheError: An image file cannot be decoded.
     """
     views = _render_unmixed(images, policy, seed, index, draw)
-    if policy.mixup > 0:
-        partner, share = draw_mixup(policy, seed, index, draw, len(images))
-        mix = mix_images if views.dtype == torch.uint8 else mix_rows
-        views = mix(views, _render_unmixed(images, policy, seed, partner, draw), share)
+    if policy.mixes_images:
+        side = policy.drawn_size or views.shape[-1]
+        mixing = draw_mixing(policy, seed, index, draw, len(images), side)
+        partners = _render_unmixed(images, policy, seed, mixing.partner, draw)
+        if views.dtype != torch.uint8:
+            return mix_rows(views, partners, mixing.weight)
+        views = mix_images(views, partners, mixing)
     return views
 
 

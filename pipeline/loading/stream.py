@@ -23,7 +23,7 @@ from softcache.data.images.row_arrays import RowArrays
 from softcache.data.tasks import HardTargets
 from softcache.data.transfer_set import Split
 from softcache.data.views.draws import Draw
-from softcache.data.views.mixing import draw_mixup
+from softcache.data.views.mixing import draw_mixing
 from softcache.data.views.policy import ViewPolicy
 from softcache.data.views.render import render
 from softcache.pipeline.batch import Batch, BatchSource, Targets, TargetSource
@@ -231,10 +231,10 @@ class BatchStream:
         """All batches of a group as one. Of several ranks, it has the views of this rank's rows alone."""
         index, draw, (logits, features) = group.index, group.draw, targets
         partner = share = None
-        if self.views.mixup > 0:
-            partner_index, shares = draw_mixup(self.views, self.view_seed, index, draw, len(self.split))
-            partner = torch.from_numpy(self.labels[partner_index])
-            share = torch.from_numpy(shares / 256).float()
+        if self.views.mixes_images:
+            mixing = draw_mixing(self.views, self.view_seed, index, draw, len(self.split), views.shape[-1])
+            partner = torch.from_numpy(self.labels[mixing.partner])
+            share = torch.from_numpy(mixing.share).float()
         return Batch(
             index=torch.from_numpy(index),
             draw=draw if isinstance(draw, int) else torch.from_numpy(draw),

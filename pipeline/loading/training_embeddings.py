@@ -39,7 +39,7 @@ def select_bank_positions(cache: "Cache") -> Rows:
         a class, and where views are mixtures of two images, which have no one class.
     """
     reader = cache.reader
-    if cache.task != EMBEDDING or reader.views.mixup > 0:
+    if cache.task != EMBEDDING or reader.views.mixes_images:
         return np.zeros(0, np.int64)
     positions = np.flatnonzero(cache.transfer_set.splits["train"].labels[reader.row_order("train")] >= 0)
     return positions[: min(MAX_BANK_ROWS, max(1, MAX_BANK_BYTES // (4 * reader.classes)))]

@@ -103,7 +103,7 @@ def _choose_folder(config: InspectConfig, cache: CacheReader) -> Path:
 def _read_samples(cache: CacheReader, rows: int) -> tuple[Sample, list[Sample]]:
     """Read the first training rows, and all rows of val and test that have a label, where there are any."""
     train = _read_sample(cache, "train", rows)
-    if cache.views.mixup:  # a view of two images has no single label
+    if cache.views.mixes_images:  # a view of two images has no single label
         train = replace(train, labels=np.full_like(train.labels, -1))
     held_out = []
     for split in ("val", "test"):
@@ -177,7 +177,7 @@ def _inspect_taps(cache: CacheReader, train: Sample, held_out: list[Sample], con
     train, reason = train.drop_unlabelled(), ""
     if not cache.manifest.taps:
         reason = "the cache has no taps: the same teacher-cache command with --taps adds them"
-    elif cache.views.mixup:
+    elif cache.views.mixes_images:
         reason = "the cached training views mix two images and have no single label: no probe of the taps"
     elif not len(train.labels):
         reason = "the training rows have no labels: no probe of the taps"

@@ -101,7 +101,7 @@ def print_notes(config: StudentConfig, setup: DistillationSetup, console: Consol
             f"--missing {config.missing}: {missing:,} of {rows:,} rows have no targets in some draw: {treatment}"
         )
     labels = setup.transfer_set.splits["train"].labels
-    if setup.cache.task == EMBEDDING and setup.cache.views.mixup and find_known(labels).any():
+    if setup.cache.task == EMBEDDING and setup.cache.views.mixes_images and find_known(labels).any():
         console.print(
             "the cache's views are mixtures of two images, which have no one class: no kNN, probe or centroid accuracy"
         )

@@ -46,7 +46,7 @@ def parse_student_losses(
     )
     check_task(losses, cache.task)
     check_loss_trains(losses, cache.classes, config.epochs)
-    if cache.views.mixup and (names := [loss.name for loss in losses if loss.needs_single_label]):
+    if cache.views.mixes_images and (names := [loss.name for loss in losses if loss.needs_single_label]):
         raise UsageError(
             f"loss '{names[0]}' needs one label per view, and the cache's views are mixtures of two images"
         )

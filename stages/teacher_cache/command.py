@@ -13,6 +13,7 @@ from typing import Any
 
 from softcache.data.sources import get_source_name, has_argument
 from softcache.data.tasks import CLASSES, EMBEDDING
+from softcache.data.views.policy import read_views
 from softcache.pipeline.cache.manifest import Manifest
 from softcache.stages.cli.configs import CacheConfig, StudentConfig
 from softcache.stages.cli.console import Console, format_duration
@@ -77,7 +78,7 @@ def _print_report(manifest: Manifest, config: CacheConfig, console: Console) -> 
     pace = f", {rows / manifest.seconds:,.0f} images a second" if manifest.seconds else ""
     size = f"{manifest.bytes / rows:.1f} bytes a view"
     console.print(f"wrote:   {rows:,} rows, {size}, in {format_duration(manifest.seconds)}{pace}")
-    mixed = ", train on mixed views" if manifest.identity["views"]["mixup"] else ""
+    mixed = ", train on mixed views" if read_views(manifest.identity["views"]).mixes_images else ""
     if manifest.task == CLASSES:
         console.print(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}{mixed}")
     else:

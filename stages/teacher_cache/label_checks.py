@@ -95,7 +95,7 @@ def print_first_look(generator: TargetGenerator, rows_to_write: int, console: Co
     transfer_set = generator.transfer_set
     if rows_to_write < _MIN_VIEWS or not transfer_set.classes:
         return
-    split = _find_labelled_split(transfer_set, generator.views.mixup > 0)
+    split = _find_labelled_split(transfer_set, generator.views.mixes_images)
     if split is None:
         return
     rows = transfer_set.splits[split]
@@ -115,7 +115,7 @@ def print_first_look(generator: TargetGenerator, rows_to_write: int, console: Co
 def print_final_look(folder: Path, transfer_set: TransferSet, console: Console) -> None:
     """Print what is wrong between the outputs in a complete cache and the labels of its data."""
     cache = CacheReader(folder)
-    has_mixed_views = bool(cache.manifest.identity["views"]["mixup"])
+    has_mixed_views = cache.views.mixes_images
     splits = [split for split in transfer_set.splits if split != "train" or not has_mixed_views]
     splits = [split for split in splits if (transfer_set.splits[split].labels >= 0).any()]
     if not splits:

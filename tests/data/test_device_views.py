@@ -31,11 +31,11 @@ def images_of(channels: int, n: int = 50, side: int = 8) -> ImageArrays:
     return ImageArrays(torch.from_numpy(((grid * grid * 31 + 7 * grid) % 251).astype(np.uint8)))
 
 
-@pytest.mark.parametrize("mixup", [0.0, 0.3])
+@pytest.mark.parametrize("knobs", ["", "mixup=0.3", "cutmix=1", "mixup=0.3,cutmix=1"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("spec", POLICIES)
-def test_views_on_a_device_are_those_of_render(spec: str, channels: int, mixup: float) -> None:
-    policy = parse_views(spec + (f"{',' if ':' in spec else ':'}mixup={mixup}" if mixup else ""))
+def test_views_on_a_device_are_those_of_render(spec: str, channels: int, knobs: str) -> None:
+    policy = parse_views(f"{spec}{',' if ':' in spec else ':'}{knobs}")
     images = images_of(channels)
     assert can_render_on_device(images, policy)
     index = np.array([7, 7, 0, 49, 21, 7])

@@ -27,6 +27,7 @@ from softcache.data.views.render import render
 from softcache.pipeline.loading.rendering import render_batches
 from softcache.pipeline.loading.stream import BatchStream
 from tests.helpers.boxes import BoxRecorder
+from tests.helpers.views import make_images
 
 # What each random number is for. Changing one of them makes the views of every cache on disk wrong.
 TOP, LEFT, FLIP, PARTNER = 0, 1, 2, 7
@@ -42,14 +43,8 @@ SPECS = [
     "resized-crop-flip:size=10",
     "resized-crop-flip:min_scale=0.5,size=8,mixup=1",
     "resized-crop-flip:size=10,revision=1",
+    "crop-flip:cutmix=0.7,mixup=0.4",
 ]
-
-
-def synthetic(n: int, channels: int = 3, size: int = 9) -> ImageArrays:
-    """Images from a formula: no generator, so that a pin is about views alone."""
-    i, c, y, x = np.indices((n, channels, size, size))
-    values = 37 * i + 91 * c + 5 * y * y + 11 * x + 3 * x * y + 7 * i * x
-    return ImageArrays(torch.from_numpy((values % 256).astype(np.uint8)))
 
 
 def rows(*index: int) -> NDArray[np.int64]:
@@ -97,7 +92,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize(("spec", "seed", "index", "draw"), GOLDEN)
 def test_views_are_pinned_to_the_bit(spec: str, seed: int, index: int, draw: int) -> None:
-    view = render(synthetic(12), parse_views(spec), seed, rows(index), draw)
+    view = render(make_images(12), parse_views(spec), seed, rows(index), draw)
     assert crc32(view.numpy().tobytes()) == GOLDEN[spec, seed, index, draw]
 
 
@@ -121,7 +116,7 @@ def test_a_crop_is_pinned_pixel_by_pixel() -> None:
 
 # --- a view depends on nothing else -------------------------------------------------------------------------------
 
-MANY = synthetic(64)
+MANY = make_images(64)
 
 
 @settings(deadline=None, max_examples=60)
@@ -152,7 +147,7 @@ def test_64_at_once_or_one_by_one_or_backwards_are_equal(source: str, spec: str,
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_images_in_files_and_in_memory_give_equal_views(spec: str, tmp_path: Path) -> None:
-    stored = synthetic(12)
+    stored = make_images(12)
     names = []
     for i, image in enumerate(stored.pixels):
         names.append(f"{i:02}.png")
@@ -178,17 +173,17 @@ def test_global_generators_are_neither_used_nor_changed(spec: str) -> None:
 
 
 def test_rendering_does_not_change_the_images() -> None:
-    images = synthetic(12)
+    images = make_images(12)
     for spec in SPECS:
         render(images, parse_views(spec), 0, np.arange(12), 0).zero_()
-    assert torch.equal(images.pixels, synthetic(12).pixels)
+    assert torch.equal(images.pixels, make_images(12).pixels)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_shape_and_dtype_of_views(spec: str) -> None:
     policy = parse_views(spec)
     for channels in (1, 3):
-        views = render(synthetic(5, channels), policy, 0, rows(1, 4), 0)
+        views = render(make_images(5, channels), policy, 0, rows(1, 4), 0)
         assert views.shape == (2, channels, policy.size or 9, policy.size or 9)
         assert views.dtype == torch.uint8
 
@@ -293,7 +288,7 @@ def test_a_damaged_image_is_named_wherever_it_is_decoded(
 
 @pytest.mark.parametrize(("pad", "draw"), [(1, 0), (4, 0), (4, 7), (12, 2)])
 def test_a_crop_is_zero_padding_and_a_slice(pad: int, draw: int) -> None:
-    images, index = synthetic(40), np.arange(40)
+    images, index = make_images(40), np.arange(40)
     views = render(images, parse_views(f"crop:pad={pad}"), 6, index, draw).numpy()
     tops = rng.integers((6, draw, TOP), index, 2 * pad + 1)
     lefts = rng.integers((6, draw, LEFT), index, 2 * pad + 1)
@@ -338,7 +333,7 @@ def test_a_mixup_partner_is_any_image_but_the_first() -> None:
 
 
 def test_a_single_image_is_mixed_with_itself() -> None:
-    single = synthetic(1)
+    single = make_images(1)
     assert torch.equal(render(single, parse_views("none:mixup=1"), 0, rows(0), 0), single.pixels)
 
 
