@@ -1,9 +1,7 @@
 """The boxes of resized crops, drawn for (index, draw)."""
 
-import decimal
 import math
 from collections.abc import Callable
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +21,7 @@ from .draws import (
     Draw,
 )
 from .policy import ViewPolicy
+from .ratios import RATIOS, tabulate_ratios
 
 _BOX_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
@@ -59,7 +58,8 @@ def _draw_fitting_boxes(
     attempts = np.arange(_BOX_ATTEMPTS)[:, None]
     area = rng.uniform((seed, draw, ATTEMPT_AREA, attempts), index)
     shares = (policy.min_scale + (1.0 - policy.min_scale) * area).T.tolist()
-    ratios = _tabulate_ratios()[rng.integers((seed, draw, ATTEMPT_RATIO, attempts), index, _RATIOS)].T.tolist()
+    numbers = rng.integers((seed, draw, ATTEMPT_RATIO, attempts), index, RATIOS)
+    ratios = tabulate_ratios("3/4", "4/3")[numbers].T.tolist()
     top, left = (rng.uniform((seed, draw, purpose), index).tolist() for purpose in (ATTEMPT_TOP, ATTEMPT_LEFT))
 
     def box(row: int, width: int, height: int) -> Box:
@@ -74,21 +74,6 @@ def _draw_fitting_boxes(
         return float(x), float(y), float(x + w), float(y + h)
 
     return box
-
-
-_RATIOS = 4096
-
-
-@lru_cache(maxsize=1)
-def _tabulate_ratios() -> NDArray[np.float64]:
-    """4,096 equally likely ratios, log-uniform from 3/4 to 4/3: the same numbers on every machine.
-
-    Python's decimal module rounds exponentials and logarithms correctly, unlike the C library.
-    """
-    with decimal.localcontext(decimal.Context(prec=30)):
-        step = 2 * (decimal.Decimal(4) / 3).ln() / _RATIOS
-        middles = (decimal.Decimal(2 * k + 1 - _RATIOS) / 2 for k in range(_RATIOS))
-        return np.array([float((step * middle).exp()) for middle in middles])
 
 
 def _draw_boxes_of_revision_1(

@@ -10,3 +10,5 @@ CROP_TOP, CROP_LEFT, FLIP, BOX_AREA, BOX_RATIO, BOX_TOP, BOX_LEFT, MIXUP_PARTNER
 ATTEMPT_AREA, ATTEMPT_RATIO, ATTEMPT_TOP, ATTEMPT_LEFT = range(9, 13)  # the first two followed by the attempt
 NOISE = 13  # followed by the number of four entries of a row
 MIX_KIND, CUTMIX_SHARE, CUTMIX_TOP, CUTMIX_LEFT = range(14, 18)
+ERASING, ERASING_TOP, ERASING_LEFT = range(18, 21)
+ERASING_AREA, ERASING_RATIO = 21, 22  # followed by the attempt

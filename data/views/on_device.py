@@ -13,6 +13,7 @@ from softcache.base import rng
 from softcache.data.images.image_arrays import ImageArrays
 
 from .draws import CROP_LEFT, CROP_TOP, FLIP, Draw
+from .erasing import draw_erased
 from .mixing import draw_mixing
 from .policy import ViewPolicy
 from .rectangles import Rectangles
@@ -84,4 +85,7 @@ def _render_unmixed(
     if policy.flip:
         is_flipped = draw_integers(FLIP, 2)[:, None, None, None] == 1
         views = torch.where(is_flipped, views.flip(3), views)  # a mask's length would have to be waited for
+    if policy.erasing > 0:
+        rectangles = draw_erased(policy.erasing, seed, index, draw, images.shape[-1])
+        views = views.masked_fill(_make_masks(rectangles, images), 0)
     return views

@@ -8,7 +8,7 @@ from typing import Any
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
 
-_MAX_STD = 1e9  # of noise
+_RANGES = {"min_scale": (0.001, 1.0), "revision": (1.0, 2.0), "std": (0.0, 1e9), "erasing": (0.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class ViewPolicy:
         pad: Pixels of zero padding on each side before a crop.
         std: Standard deviation of the noise, in the units of the data.
         min_scale: Least share of the image's area in a resized crop, 0.001 to 1.
+        erasing: Probability of a view to have a black rectangle (Zhong et al. 2020).
         mixup: Alpha of the Beta distribution of the shares of two mixed images (Zhang et al. 2018); 0 mixes none.
         cutmix: Alpha of the Beta distribution of the shares of two images, of which one fills a box in the other (Yun
             et al. 2019); 0 cuts none. With mixup too, a view is one or the other, each with probability 1/2.
@@ -46,6 +47,7 @@ class ViewPolicy:
     pad: int = 0
     std: float = 0.0
     min_scale: float = 1.0
+    erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     size: int = 0
@@ -58,6 +60,11 @@ class ViewPolicy:
     def mixes_images(self) -> bool:
         """Whether a view shows two images, and so has two hard targets."""
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def changes_pixels(self) -> bool:
+        """Whether something is done to the pixels of a view that is cut out and flipped, see augmentation.py."""
+        return self.erasing > 0
 
     def parameters(self) -> dict[str, float]:
         """Return the parameters that this policy has, with their values: part of a cache's identity.
@@ -110,7 +117,7 @@ VIEW_POLICIES: dict[str, ViewPolicy] = {
     "noise": ViewPolicy("noise", noise=True, std=0.1),
 }
 ROW_POLICIES = ("none", "noise")  # for rows of numbers
-_AUGMENTATIONS = ("cutmix",)  # of images alone, with each policy for images
+_AUGMENTATIONS = ("erasing", "cutmix")  # of images alone, with each policy for images
 
 
 def _list_parameters(policy: ViewPolicy) -> list[str]:
@@ -137,9 +144,7 @@ def parse_views(spec: str) -> ViewPolicy:
     values: dict[str, float] = {}
     for parameter, text in texts.items():
         value = parse_number(spec, "views", parameter, text)
-        low, high = {"min_scale": (0.001, 1.0), "revision": (1.0, 2.0), "std": (0.0, _MAX_STD)}.get(
-            parameter, (0.0, 4096.0)
-        )
+        low, high = _RANGES.get(parameter, (0.0, 4096.0))
         if not low <= value <= high:
             raise UsageError(f"views '{spec}': {parameter}={text} is outside {low:g} to {high:g}")
         if parameter in ("pad", "size", "resize", "revision"):

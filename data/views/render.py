@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from softcache.base import rng
 from softcache.data.images.decoding import Box
 
+from .augmentation import augment
 from .boxes import draw_boxes
 from .draws import CROP_LEFT, CROP_TOP, FLIP, NOISE, Draw
 from .mixing import draw_mixing, mix_images
@@ -122,6 +123,8 @@ def _render_unmixed(
         pixels = views.numpy()  # changed in place: every branch above made a copy
         is_flipped = rng.integers((seed, draw, FLIP), index, 2) == 1
         pixels[is_flipped] = pixels[is_flipped][..., ::-1]
+    if policy.changes_pixels:
+        augment(views.numpy(), policy, seed, index, draw)
     return views
 
 

@@ -31,7 +31,7 @@ def images_of(channels: int, n: int = 50, side: int = 8) -> ImageArrays:
     return ImageArrays(torch.from_numpy(((grid * grid * 31 + 7 * grid) % 251).astype(np.uint8)))
 
 
-@pytest.mark.parametrize("knobs", ["", "mixup=0.3", "cutmix=1", "mixup=0.3,cutmix=1"])
+@pytest.mark.parametrize("knobs", ["", "mixup=0.3", "cutmix=1", "mixup=0.3,cutmix=1,erasing=0.5"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("spec", POLICIES)
 def test_views_on_a_device_are_those_of_render(spec: str, channels: int, knobs: str) -> None:

@@ -19,7 +19,14 @@ from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.models import build
 
 pytestmark = pytest.mark.gpu
-POLICIES = ("none", "crop:pad=2", "crop-flip", "crop-flip:pad=0", "crop-flip:mixup=0.3", "crop:mixup=1,cutmix=1")
+POLICIES = (
+    "none",
+    "crop:pad=2",
+    "crop-flip",
+    "crop-flip:pad=0",
+    "crop-flip:mixup=0.3",
+    "crop:mixup=1,cutmix=1,erasing=0.5",
+)
 TAPS = ("pool1", "flatten")
 
 

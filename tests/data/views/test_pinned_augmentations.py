@@ -5,6 +5,8 @@ import pytest
 from tests.helpers.views import compute_checksums, make_images, render_views
 
 GOLDEN = {
+    "none:erasing=0.5": "7f82a6b9 aef85bec 3aa56bfe d00894a7 c968f4f1 8ef1b25e aad31123 07e11806",
+    "resized-crop-flip:size=10,erasing=1": "59174237 b43dcfe6 7485dffc eeeec352 46bbdbc5 8d5f0107 7e2962b1 fd932962",
     "none:cutmix=1": "26cc33c3 23f950a1 654e16a3 d00894a7 9efd04d6 24383191 a49c1cf5 f7ed70af",
     "crop-flip:mixup=0.4,cutmix=0.5": "48e7006b d5b35c97 1c7bd55c 52409db4 b6166024 445bee81 a5d532a6 2b17cc9e",
 }
