@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from .draws import Draw
 from .erasing import draw_erased, erase
+from .jitter import jitter, make_some_gray
 from .policy import ViewPolicy
 
 
@@ -19,5 +20,9 @@ def augment(pixels: NDArray[np.uint8], policy: ViewPolicy, seed: int, index: NDA
         draw: One draw for all, or int64 [B].
     """
     side = policy.drawn_size or pixels.shape[-1]
+    if policy.jitter > 0 or policy.hue > 0:
+        jitter(pixels, policy.jitter, policy.hue, seed=seed, index=index, draw=draw)
+    if policy.gray > 0:
+        make_some_gray(pixels, policy.gray, seed, index, draw)
     if policy.erasing > 0:
         erase(pixels, draw_erased(policy.erasing, seed, index, draw, side), side)

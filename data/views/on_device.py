@@ -28,8 +28,11 @@ def copy_to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def can_render_on_device(images: ImageSource, policy: ViewPolicy) -> bool:
-    """Return whether the images are in memory and the policy resizes none of them, which only Pillow does."""
-    if policy.resized_crop or not isinstance(images, ImageArrays):
+    """Return whether the images are in memory, and their views are made by copies, masks and means.
+
+    Only Pillow resizes images, and colours are changed by NumPy alone.
+    """
+    if policy.resized_crop or policy.changes_colors or not isinstance(images, ImageArrays):
         return False
     return {policy.size, policy.resize} <= {0, images.size}
 

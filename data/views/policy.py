@@ -8,7 +8,15 @@ from typing import Any
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
 
-_RANGES = {"min_scale": (0.001, 1.0), "revision": (1.0, 2.0), "std": (0.0, 1e9), "erasing": (0.0, 1.0)}
+_RANGES = {
+    "min_scale": (0.001, 1.0),
+    "revision": (1.0, 2.0),
+    "std": (0.0, 1e9),
+    "jitter": (0.0, 1.0),
+    "hue": (0.0, 0.5),
+    "gray": (0.0, 1.0),
+    "erasing": (0.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,9 @@ class ViewPolicy:
         pad: Pixels of zero padding on each side before a crop.
         std: Standard deviation of the noise, in the units of the data.
         min_scale: Least share of the image's area in a resized crop, 0.001 to 1.
+        jitter: Brightness, contrast and saturation are changed by random factors, from 1 - jitter to 1 + jitter each.
+        hue: The hue is turned by a random part of the circle, from -hue to hue.
+        gray: Probability of a view to be grey.
         erasing: Probability of a view to have a black rectangle (Zhong et al. 2020).
         mixup: Alpha of the Beta distribution of the shares of two mixed images (Zhang et al. 2018); 0 mixes none.
         cutmix: Alpha of the Beta distribution of the shares of two images, of which one fills a box in the other (Yun
@@ -47,6 +58,9 @@ class ViewPolicy:
     pad: int = 0
     std: float = 0.0
     min_scale: float = 1.0
+    jitter: float = 0.0
+    hue: float = 0.0
+    gray: float = 0.0
     erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -62,9 +76,14 @@ class ViewPolicy:
         return self.mixup > 0 or self.cutmix > 0
 
     @property
+    def changes_colors(self) -> bool:
+        """Whether the values of pixels are changed, not only their places."""
+        return self.jitter > 0 or self.hue > 0 or self.gray > 0
+
+    @property
     def changes_pixels(self) -> bool:
         """Whether something is done to the pixels of a view that is cut out and flipped, see augmentation.py."""
-        return self.erasing > 0
+        return self.changes_colors or self.erasing > 0
 
     def parameters(self) -> dict[str, float]:
         """Return the parameters that this policy has, with their values: part of a cache's identity.
@@ -117,7 +136,7 @@ VIEW_POLICIES: dict[str, ViewPolicy] = {
     "noise": ViewPolicy("noise", noise=True, std=0.1),
 }
 ROW_POLICIES = ("none", "noise")  # for rows of numbers
-_AUGMENTATIONS = ("erasing", "cutmix")  # of images alone, with each policy for images
+_AUGMENTATIONS = ("jitter", "hue", "gray", "erasing", "cutmix")  # of images alone, with each policy for images
 
 
 def _list_parameters(policy: ViewPolicy) -> list[str]:

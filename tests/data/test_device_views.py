@@ -46,8 +46,19 @@ def test_views_on_a_device_are_those_of_render(spec: str, channels: int, knobs: 
     assert torch.equal(images.pixels, images_of(channels).pixels)  # nothing was flipped in place
 
 
-@pytest.mark.parametrize("spec", ["resized-crop-flip", "none:size=6", "crop:resize=9", "none:size=8,resize=10"])
-def test_views_that_pillow_resizes_are_not_rendered_on_a_device(spec: str) -> None:
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "resized-crop-flip",
+        "none:size=6",
+        "crop:resize=9",
+        "none:size=8,resize=10",
+        "crop:jitter=0.1",
+        "crop:hue=0.1",
+        "none:gray=1",
+    ],
+)
+def test_views_that_pillow_resizes_or_whose_colours_change_are_not_rendered_on_a_device(spec: str) -> None:
     images, views = images_of(1), parse_views(spec)
     assert not can_render_on_device(images, views)
     stream = BatchStream(Any, views, 0, 0, 8, np.zeros(50, np.int64), np.arange(50), resident_device=CPU)

@@ -33,6 +33,9 @@ def test_parameters_of_a_policy_are_those_of_its_spec(data: st.DataObject) -> No
         "mixup": st.floats(0, 4096),
         "cutmix": st.floats(1e-3, 4096),
         "erasing": st.floats(1e-3, 1),
+        "jitter": st.floats(1e-3, 1),
+        "hue": st.floats(1e-3, 0.5),
+        "gray": st.floats(1e-3, 1),
         "std": st.floats(1e-6, 1000),
         "revision": st.just(2),
     }
@@ -52,7 +55,7 @@ def test_parameters_of_a_policy_are_those_of_its_spec(data: st.DataObject) -> No
         ("", "no view policy ''. There are: crop"),
         (
             "crop:paddd=4",
-            "no parameter 'paddd' of views 'crop'. Did you mean 'pad'? There are: cutmix, erasing, mixup,",
+            "no parameter 'paddd' of views 'crop'. Did you mean 'pad'? There are: cutmix, erasing, gray,",
         ),
         ("none:pad=4", "no parameter 'pad' of views 'none'"),
         ("resized-crop-flip:pad=4", "no parameter 'pad' of views 'resized-crop-flip'"),

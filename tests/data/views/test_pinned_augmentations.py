@@ -5,6 +5,10 @@ import pytest
 from tests.helpers.views import compute_checksums, make_images, render_views
 
 GOLDEN = {
+    "none:jitter=0.4": "36d27432 2f015f6a cf0fb9c0 372ba02d f9db5ad1 27be8b83 0b4303e2 46b4e7c9",
+    "none:hue=0.5": "59a8769b cdcde443 e953b882 674dc3b7 bf00c73f 21be9f4e be43862a 789d1c78",
+    "crop-flip:gray=0.5": "a1504286 8df5c640 108f4df8 44a1eff7 b2289d0f b59fe6c8 991300ff 2b17cc9e",
+    "resized-crop-flip:jitter=0.8,hue=0.2": "60c2732f ce2719a5 dafa57f5 8a473b51 91874cdd 54dde209 d5e9d669 07233696",
     "none:erasing=0.5": "7f82a6b9 aef85bec 3aa56bfe d00894a7 c968f4f1 8ef1b25e aad31123 07e11806",
     "resized-crop-flip:size=10,erasing=1": "59174237 b43dcfe6 7485dffc eeeec352 46bbdbc5 8d5f0107 7e2962b1 fd932962",
     "none:cutmix=1": "26cc33c3 23f950a1 654e16a3 d00894a7 9efd04d6 24383191 a49c1cf5 f7ed70af",
