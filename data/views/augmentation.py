@@ -7,6 +7,7 @@ from .draws import Draw
 from .erasing import draw_erased, erase
 from .jitter import jitter, make_some_gray
 from .policy import ViewPolicy
+from .randaugment import augment_randomly
 
 
 def augment(pixels: NDArray[np.uint8], policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: Draw) -> None:
@@ -20,6 +21,8 @@ def augment(pixels: NDArray[np.uint8], policy: ViewPolicy, seed: int, index: NDA
         draw: One draw for all, or int64 [B].
     """
     side = policy.drawn_size or pixels.shape[-1]
+    if policy.randaugment:
+        augment_randomly(pixels, policy.randaugment, seed=seed, index=index, draw=draw, drawn_side=side)
     if policy.jitter > 0 or policy.hue > 0:
         jitter(pixels, policy.jitter, policy.hue, seed=seed, index=index, draw=draw)
     if policy.gray > 0:

@@ -8,6 +8,8 @@ from typing import Any
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
 
+from .randaugment import parse_randaugment
+
 _RANGES = {
     "min_scale": (0.001, 1.0),
     "revision": (1.0, 2.0),
@@ -34,6 +36,7 @@ class ViewPolicy:
         pad: Pixels of zero padding on each side before a crop.
         std: Standard deviation of the noise, in the units of the data.
         min_scale: Least share of the image's area in a resized crop, 0.001 to 1.
+        randaugment: Number of random operations on a view and their magnitude, such as "2x9" (Cubuk et al. 2020).
         jitter: Brightness, contrast and saturation are changed by random factors, from 1 - jitter to 1 + jitter each.
         hue: The hue is turned by a random part of the circle, from -hue to hue.
         gray: Probability of a view to be grey.
@@ -58,6 +61,7 @@ class ViewPolicy:
     pad: int = 0
     std: float = 0.0
     min_scale: float = 1.0
+    randaugment: str = ""
     jitter: float = 0.0
     hue: float = 0.0
     gray: float = 0.0
@@ -78,14 +82,14 @@ class ViewPolicy:
     @property
     def changes_colors(self) -> bool:
         """Whether the values of pixels are changed, not only their places."""
-        return self.jitter > 0 or self.hue > 0 or self.gray > 0
+        return bool(self.randaugment) or self.jitter > 0 or self.hue > 0 or self.gray > 0
 
     @property
     def changes_pixels(self) -> bool:
         """Whether something is done to the pixels of a view that is cut out and flipped, see augmentation.py."""
         return self.changes_colors or self.erasing > 0
 
-    def parameters(self) -> dict[str, float]:
+    def parameters(self) -> dict[str, float | str]:
         """Return the parameters that this policy has, with their values: part of a cache's identity.
 
         Revision 1 is left out, as in the identities of the caches that were made with it; so is an augmentation that
@@ -136,7 +140,8 @@ VIEW_POLICIES: dict[str, ViewPolicy] = {
     "noise": ViewPolicy("noise", noise=True, std=0.1),
 }
 ROW_POLICIES = ("none", "noise")  # for rows of numbers
-_AUGMENTATIONS = ("jitter", "hue", "gray", "erasing", "cutmix")  # of images alone, with each policy for images
+# Of images alone, parameters of each policy for images.
+_AUGMENTATIONS = ("randaugment", "jitter", "hue", "gray", "erasing", "cutmix")
 
 
 def _list_parameters(policy: ViewPolicy) -> list[str]:
@@ -160,8 +165,11 @@ def parse_views(spec: str) -> ViewPolicy:
         raise unknown_name_error("view policy", name, VIEW_POLICIES)
     policy = VIEW_POLICIES[name]
     check_parameters(spec, "views", texts, _list_parameters(policy))
-    values: dict[str, float] = {}
+    values: dict[str, float | str] = {}
     for parameter, text in texts.items():
+        if parameter == "randaugment":
+            values[parameter] = _normalize_randaugment(spec, text)
+            continue
         value = parse_number(spec, "views", parameter, text)
         low, high = _RANGES.get(parameter, (0.0, 4096.0))
         if not low <= value <= high:
@@ -172,6 +180,13 @@ def parse_views(spec: str) -> ViewPolicy:
             value = int(value)
         values[parameter] = value
     return replace(policy, **values)  # type: ignore[arg-type]
+
+
+def _normalize_randaugment(spec: str, text: str) -> str:
+    try:
+        return "x".join(map(str, parse_randaugment(text)))
+    except UsageError as error:
+        raise UsageError(f"views '{spec}': {error}") from None
 
 
 def check_policy(policy: ViewPolicy, shape: tuple[int, ...]) -> None:

@@ -164,7 +164,7 @@ IDENTITY_SCHEMA: dict[str, Any] = {
         "cut": (_CUT | _LONG_TAIL, _CUT),
         OptionalKey("task"): re.compile("|".join(TASKS)),
     },
-    "views": {str: (float, re.compile("[a-z-]{1,64}"))},
+    "views": {str: (float, re.compile("[a-z0-9-]{1,64}"))},
     "teacher": _TEACHER,
     "codec": re.compile("|".join(CODECS)),
     "precision": re.compile("|".join(PRECISIONS)),

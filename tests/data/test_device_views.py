@@ -54,6 +54,7 @@ def test_views_on_a_device_are_those_of_render(spec: str, channels: int, knobs: 
         "crop:resize=9",
         "none:size=8,resize=10",
         "crop:jitter=0.1",
+        "crop:randaugment=1x0",
         "crop:hue=0.1",
         "none:gray=1",
     ],

@@ -33,6 +33,7 @@ def test_parameters_of_a_policy_are_those_of_its_spec(data: st.DataObject) -> No
         "mixup": st.floats(0, 4096),
         "cutmix": st.floats(1e-3, 4096),
         "erasing": st.floats(1e-3, 1),
+        "randaugment": st.builds("{}x{}".format, st.integers(1, 16), st.integers(0, 30)),
         "jitter": st.floats(1e-3, 1),
         "hue": st.floats(1e-3, 0.5),
         "gray": st.floats(1e-3, 1),
@@ -41,7 +42,7 @@ def test_parameters_of_a_policy_are_those_of_its_spec(data: st.DataObject) -> No
     }
     optional = {parameter: ranges[parameter] for parameter in VIEW_POLICIES[name].parameters()}
     parameters = data.draw(st.fixed_dictionaries({}, optional=optional))
-    spec = name + ":" * bool(parameters) + ",".join(f"{key}={value!r}" for key, value in parameters.items())
+    spec = name + ":" * bool(parameters) + ",".join(f"{key}={value}" for key, value in parameters.items())
     assert parse_views(spec).parameters() == {**VIEW_POLICIES[name].parameters(), **parameters}
 
 

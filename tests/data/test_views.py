@@ -43,7 +43,7 @@ SPECS = [
     "resized-crop-flip:size=10",
     "resized-crop-flip:min_scale=0.5,size=8,mixup=1",
     "resized-crop-flip:size=10,revision=1",
-    "crop-flip:jitter=0.4,hue=0.1,gray=0.2,erasing=0.5,cutmix=0.7,mixup=0.4",
+    "crop-flip:randaugment=2x9,jitter=0.4,hue=0.1,gray=0.2,erasing=0.5,cutmix=0.7,mixup=0.4",
 ]
 
 

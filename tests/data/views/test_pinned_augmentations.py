@@ -5,6 +5,9 @@ import pytest
 from tests.helpers.views import compute_checksums, make_images, render_views
 
 GOLDEN = {
+    "crop-flip:pad=2,randaugment=2x9": "c79c3399 a96a61dd 4a4fa276 812251fd baef51ce 3a41fcf5 cb9a1166 1bed7beb",
+    "none:size=9,randaugment=16x30": "43d3ec28 d2affb00 d45fe002 3e564633 79076b5f a96fa898 057c10b8 2a7c74ef",
+    "none:randaugment=1x5,cutmix=1": "713f23ef 8d3572c3 ad8c0ebc 39f53b98 f04ab7e0 e3c0fe78 a49c1cf5 855874bc",
     "none:jitter=0.4": "36d27432 2f015f6a cf0fb9c0 372ba02d f9db5ad1 27be8b83 0b4303e2 46b4e7c9",
     "none:hue=0.5": "59a8769b cdcde443 e953b882 674dc3b7 bf00c73f 21be9f4e be43862a 789d1c78",
     "crop-flip:gray=0.5": "a1504286 8df5c640 108f4df8 44a1eff7 b2289d0f b59fe6c8 991300ff 2b17cc9e",
