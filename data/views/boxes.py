@@ -48,7 +48,8 @@ def _draw_fitting_boxes(
 ) -> Callable[[int, int, int], Box]:
     """Draw the boxes of resized crops with the distribution of torchvision's RandomResizedCrop.
 
-    An attempt draws an area, uniform from min_scale to 1 of the image's, and a ratio, log-uniform from 3/4 to 4/3. The
+    An attempt draws an area, uniform from min_scale to 1 of the image's (with several crops, within the scales of the
+    draw, see `_find_scales`), and a ratio, log-uniform from 3/4 to 4/3. The
     first of ten attempts whose box fits into the image gets a uniform position. When none fits, the box is the largest
     one in the centre whose ratio is within these bounds.
 
@@ -57,7 +58,8 @@ def _draw_fitting_boxes(
     """
     attempts = np.arange(_BOX_ATTEMPTS)[:, None]
     area = rng.uniform((seed, draw, ATTEMPT_AREA, attempts), index)
-    shares = (policy.min_scale + (1.0 - policy.min_scale) * area).T.tolist()
+    least, largest = _find_scales(policy, draw)
+    shares = (least + (largest - least) * area).T.tolist()
     numbers = rng.integers((seed, draw, ATTEMPT_RATIO, attempts), index, RATIOS)
     ratios = tabulate_ratios("3/4", "4/3")[numbers].T.tolist()
     top, left = (rng.uniform((seed, draw, purpose), index).tolist() for purpose in (ATTEMPT_TOP, ATTEMPT_LEFT))
@@ -74,6 +76,14 @@ def _draw_fitting_boxes(
         return float(x), float(y), float(x + w), float(y + h)
 
     return box
+
+
+def _find_scales(policy: ViewPolicy, draw: Draw) -> tuple[float | NDArray[np.float64], float | NDArray[np.float64]]:
+    """Return the least and the largest share of a box, of each draw: global crops, then local ones, then again."""
+    if not policy.global_crops + policy.local_crops:
+        return policy.min_scale, 1.0
+    is_global = np.asarray(draw) % (policy.global_crops + policy.local_crops) < policy.global_crops
+    return np.where(is_global, policy.global_scale, policy.min_scale), np.where(is_global, 1.0, policy.global_scale)
 
 
 def _draw_boxes_of_revision_1(

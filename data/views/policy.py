@@ -12,6 +12,7 @@ from .randaugment import parse_randaugment
 
 _RANGES = {
     "min_scale": (0.001, 1.0),
+    "global_scale": (0.001, 1.0),
     "revision": (1.0, 2.0),
     "std": (0.0, 1e9),
     "jitter": (0.0, 1.0),
@@ -35,7 +36,11 @@ class ViewPolicy:
             were made before there was a revision, see `boxes.py`.
         pad: Pixels of zero padding on each side before a crop.
         std: Standard deviation of the noise, in the units of the data.
-        min_scale: Least share of the image's area in a resized crop, 0.001 to 1.
+        min_scale: Least share of the image's area in a resized crop, 0.001 to 1; with several crops, in a local one.
+        global_crops: Of several crops (Caron et al. 2020): how many draws in a row show most of the image; 0 is one
+            kind of crop in all draws.
+        local_crops: How many draws after these show a small part.
+        global_scale: Least share of the area in a global crop, and largest one in a local crop.
         randaugment: Number of random operations on a view and their magnitude, such as "2x9" (Cubuk et al. 2020).
         jitter: Brightness, contrast and saturation are changed by random factors, from 1 - jitter to 1 + jitter each.
         hue: The hue is turned by a random part of the circle, from -hue to hue.
@@ -61,6 +66,9 @@ class ViewPolicy:
     pad: int = 0
     std: float = 0.0
     min_scale: float = 1.0
+    global_crops: int = 0
+    local_crops: int = 0
+    global_scale: float = 1.0
     randaugment: str = ""
     jitter: float = 0.0
     hue: float = 0.0
@@ -95,7 +103,7 @@ class ViewPolicy:
         Revision 1 is left out, as in the identities of the caches that were made with it; so is an augmentation that
         is not used, as in those that were made before it existed.
         """
-        values = {name: getattr(self, name) for name in _list_parameters(self)}
+        values = {name: getattr(self, _FIELDS.get(name, name)) for name in _list_parameters(self)}
         if self.revision == 1:
             values.pop("revision", None)
         return {name: value for name, value in values.items() if value or name not in _AUGMENTATIONS}
@@ -137,9 +145,20 @@ VIEW_POLICIES: dict[str, ViewPolicy] = {
     "crop": ViewPolicy("crop", crop=True, pad=4),
     "crop-flip": ViewPolicy("crop-flip", crop=True, flip=True, pad=4),
     "resized-crop-flip": ViewPolicy("resized-crop-flip", resized_crop=True, revision=2, flip=True, min_scale=0.08),
+    "multi-crop": ViewPolicy(
+        "multi-crop",
+        resized_crop=True,
+        revision=2,
+        flip=True,
+        min_scale=0.05,
+        global_crops=2,
+        local_crops=6,
+        global_scale=0.4,
+    ),
     "noise": ViewPolicy("noise", noise=True, std=0.1),
 }
 ROW_POLICIES = ("none", "noise")  # for rows of numbers
+_FIELDS = {"global": "global_crops", "local": "local_crops"}  # of parameters whose names are others
 # Of images alone, parameters of each policy for images.
 _AUGMENTATIONS = ("randaugment", "jitter", "hue", "gray", "erasing", "cutmix")
 
@@ -151,6 +170,8 @@ def _list_parameters(policy: ViewPolicy) -> list[str]:
     names += _AUGMENTATIONS
     if policy.crop:
         return ["pad", *names]
+    if policy.name == "multi-crop":
+        return [*_FIELDS, "min_scale", "global_scale", *names, "revision"]
     return ["min_scale", *names, "revision"] if policy.resized_crop else names
 
 
@@ -174,12 +195,25 @@ def parse_views(spec: str) -> ViewPolicy:
         low, high = _RANGES.get(parameter, (0.0, 4096.0))
         if not low <= value <= high:
             raise UsageError(f"views '{spec}': {parameter}={text} is outside {low:g} to {high:g}")
-        if parameter in ("pad", "size", "resize", "revision"):
+        if parameter in ("pad", "size", "resize", "revision", *_FIELDS):
             if value != int(value):
                 raise UsageError(f"views '{spec}': {parameter}={text} is not a whole number")
             value = int(value)
-        values[parameter] = value
-    return replace(policy, **values)  # type: ignore[arg-type]
+        values[_FIELDS.get(parameter, parameter)] = value
+    policy = replace(policy, **values)  # type: ignore[arg-type]
+    if name == "multi-crop":
+        _check_crops(spec, policy)
+    return policy
+
+
+def _check_crops(spec: str, policy: ViewPolicy) -> None:
+    if policy.revision != 2:
+        raise UsageError(f"views '{spec}': revision={policy.revision} is of resized-crop-flip alone: leave it out")
+    if not policy.global_crops + policy.local_crops:
+        raise UsageError(f"views '{spec}': global=0 and local=0: no crop is left, one of both is at least 1")
+    if policy.min_scale > policy.global_scale:
+        scales = f"min_scale={policy.min_scale:g} is above global_scale={policy.global_scale:g}"
+        raise UsageError(f"views '{spec}': {scales}: local crops are between")
 
 
 def _normalize_randaugment(spec: str, text: str) -> str:
@@ -228,6 +262,6 @@ def read_views(record: Mapping[str, Any]) -> ViewPolicy:
     """
     policy = str(record["policy"])
     parameters = {name: value for name, value in record.items() if name not in ("policy", "seed")}
-    if policy in VIEW_POLICIES and VIEW_POLICIES[policy].resized_crop:
+    if policy == "resized-crop-flip":
         parameters.setdefault("revision", 1)
     return parse_views(f"{policy}:" + ",".join(f"{name}={value}" for name, value in parameters.items()))

@@ -49,7 +49,7 @@ def read_cache_config(cache: CacheReader) -> CacheConfig:
     """Return the options of teacher-cache that a cache records, as far as they are of the right type."""
     manifest = cache.manifest
     recorded = select_cache_options(manifest.settings)
-    if cache.views.resized_crop and "revision=" not in recorded.get("views", "revision="):
+    if cache.views.name == "resized-crop-flip" and "revision=" not in recorded.get("views", "revision="):
         views = recorded["views"]  # without a revision, this text would mean the newest one
         recorded["views"] = f"{views}{',' if ':' in views else ':'}revision={cache.views.revision}"
     return CacheConfig(**recorded | {"draws": manifest.draws, "taps": ",".join(manifest.taps)})

@@ -33,6 +33,9 @@ def test_parameters_of_a_policy_are_those_of_its_spec(data: st.DataObject) -> No
         "mixup": st.floats(0, 4096),
         "cutmix": st.floats(1e-3, 4096),
         "erasing": st.floats(1e-3, 1),
+        "global": st.integers(1, 4096),
+        "local": st.integers(0, 4096),
+        "global_scale": st.just(1.0),
         "randaugment": st.builds("{}x{}".format, st.integers(1, 16), st.integers(0, 30)),
         "jitter": st.floats(1e-3, 1),
         "hue": st.floats(1e-3, 0.5),
@@ -42,6 +45,8 @@ def test_parameters_of_a_policy_are_those_of_its_spec(data: st.DataObject) -> No
     }
     optional = {parameter: ranges[parameter] for parameter in VIEW_POLICIES[name].parameters()}
     parameters = data.draw(st.fixed_dictionaries({}, optional=optional))
+    if name == "multi-crop" and "min_scale" in parameters:
+        parameters["global_scale"] = 1.0  # which is not below min_scale
     spec = name + ":" * bool(parameters) + ",".join(f"{key}={value}" for key, value in parameters.items())
     assert parse_views(spec).parameters() == {**VIEW_POLICIES[name].parameters(), **parameters}
 
@@ -51,7 +56,7 @@ def test_parameters_of_a_policy_are_those_of_its_spec(data: st.DataObject) -> No
     [
         (
             "crop-flop",
-            "no view policy 'crop-flop'. Did you mean 'crop-flip'? There are: crop, crop-flip, noise, none, resized",
+            "no view policy 'crop-flop'. Did you mean 'crop-flip'? There are: crop, crop-flip, multi-crop, noise,",
         ),
         ("", "no view policy ''. There are: crop"),
         (
