@@ -6,7 +6,7 @@ from tests.helpers.views import compute_checksums, make_images, render_views
 
 GOLDEN = {
     "multi-crop": "b6c6e28d 69bb7d54 0f5aa8c3 9ea3b4ab 90df6b7a a4dfee45 77901e8d 464e9ca6",
-    "multi-crop:global=3,local=3,global_scale=0.5": "d53da233 9b29a72b d9ac90a9 e8ac9c6a 90df6b7a d0264078 46a2aaf2 439fdd93",
+    "multi-crop:global=7": "01500b37 b1985b7c 74e71fdb 205f8641 34b696ae ce82328a f6d3cdf8 d4a1c928",
     "crop-flip:pad=2,randaugment=2x9": "c79c3399 a96a61dd 4a4fa276 812251fd baef51ce 3a41fcf5 cb9a1166 1bed7beb",
     "none:size=9,randaugment=16x30": "43d3ec28 d2affb00 d45fe002 3e564633 79076b5f a96fa898 057c10b8 2a7c74ef",
     "none:randaugment=1x5,cutmix=1": "713f23ef 8d3572c3 ad8c0ebc 39f53b98 f04ab7e0 e3c0fe78 a49c1cf5 855874bc",

@@ -77,7 +77,17 @@ def test_the_logits_are_those_of_torchvision_on_the_same_crop(pictures: Path, st
     assert checked["teacher"]["rows"] > 0
 
 
-@pytest.mark.parametrize("views", ["none", "none:resize=40", "resized-crop-flip", "crop-flip:pad=3,mixup=1"])
+@pytest.mark.parametrize(
+    "views",
+    [
+        "none",
+        "none:resize=40",
+        "resized-crop-flip",
+        "crop-flip:pad=3,mixup=1",
+        "crop-flip:pad=3,erasing=0.6,cutmix=1",
+        "multi-crop:global=1,local=2,jitter=0.3,hue=0.1,gray=0.2",
+    ],
+)
 def test_both_views_show_the_same_part_of_the_image(pictures: Path, views: str) -> None:
     """The teacher's view, reduced to the student's size, is the student's but for the blur of two resizings."""
     names = tuple(sorted(str(path.relative_to(pictures)) for path in pictures.rglob("*.png")))
