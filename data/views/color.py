@@ -102,24 +102,31 @@ def adjust_hue(pixels: Pixels, factors: Factors) -> Pixels:
     red, green, blue = (pixels[:, c].astype(np.int32) for c in range(3))
     value = np.maximum(np.maximum(red, green), blue)
     span = value - np.minimum(np.minimum(red, green), blue)
-    place = np.where(  # of the hue, times the range
-        value == red, green - blue, np.where(value == green, 2 * span + blue - red, 4 * span + red - green)
-    )
-    turn = np.floor(factors * (6 << 16) + 0.5).astype(np.int32) % (6 << 16)
-    circle, unit = (6 * span) << 16, span << 16
-    place = _wrap(((place + 6 * span) << 16), circle)
-    place = _wrap(place + turn[:, None, None] * span, circle)
+    is_red = (value == red).astype(np.int32)  # sums of products: np.where takes 10 us for 1,024 pixels, these 3 us
+    is_green = (value == green) * (1 - is_red)
+    place = is_red * (green - blue) + is_green * (2 * span + blue - red)  # of the hue, times the range
+    place += (1 - is_red - is_green) * (4 * span + red - green)
+    turns = np.floor(factors * (6 << 16) + 0.5).astype(np.int32) % (6 << 16)
+    unit = span << 16
+    circle = 6 * unit
+    place = _wrap((place << 16) + circle, circle)
+    place = _wrap(place + turns[:, None, None] * span, circle)
+    value <<= 16
     turned = np.empty_like(pixels)
     for channel, offset in enumerate((5, 3, 1)):
         k = _wrap(place + offset * unit, circle)
-        exact = (value << 16) - np.maximum(np.minimum(np.minimum(k, 4 * unit - k), unit), 0)
+        part = 4 * unit - k
+        np.minimum(part, k, out=part)
+        np.minimum(part, unit, out=part)
+        np.maximum(part, 0, out=part)
+        exact = np.subtract(value, part, out=part)
         turned[:, channel] = (exact + (exact >> 8)) >> 16
     return turned
 
 
 def _wrap(numbers: NDArray[np.int32], circle: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Numbers from 0 to below twice the circle, modulo the circle."""
-    return np.where(numbers >= circle, numbers - circle, numbers)
+    """Numbers from 0 to below twice the circle, modulo the circle: negative ones are large without a sign."""
+    return np.minimum(numbers.view(np.uint32), (numbers - circle).view(np.uint32)).view(np.int32)
 
 
 def _blend(pixels: Pixels, others: NDArray[np.float32], factors: Factors) -> Pixels:
