@@ -179,7 +179,7 @@ class Loss(Protocol):
         needs_logits: whether it reads the teacher's logits.
         needs_head: whether it needs the teacher's last linear layer.
         needs_counts: whether it needs a labelled training row of every class.
-        needs_single_label: whether it is undefined for a mixup view, which has two labels.
+        needs_single_label: whether it is undefined for a mixed view, which has two labels.
         repeatable: whether --loss may name it more than once.
         is_row_mean: whether it is a mean over rows, each of which can be weighted by Batch.row_weights.
     """

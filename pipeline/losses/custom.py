@@ -36,7 +36,7 @@ class Custom(Loss):
         needs_labels: whether it needs hard targets, default False. Without it, a label may be -1.
         needs_logits: whether it reads the teacher's logits, default True. With several teachers that are not combined
             it is called with the logits of each, and its mean is taken.
-        needs_single_label: whether it is undefined for a mixup view, which has two labels; default False.
+        needs_single_label: whether it is undefined for a mixed view, which has two labels; default False.
 
     A torch.nn.Module is trained where it has parameters: they get the learning rate of the student, are saved in
     checkpoints, and are not part of the student that comes out. Lazy layers get their shapes from the first batch.
@@ -82,7 +82,7 @@ class Custom(Loss):
 
     @property
     def needs_single_label(self) -> bool:  # type: ignore[override]
-        """Whether it is undefined for a mixup view, which has two labels."""
+        """Whether it is undefined for a mixed view, which has two labels."""
         return self._read_flag("needs_single_label", default=False)
 
     def teacher_taps(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ def cross_entropy_rows(
 
     Args:
         logits: float [B, K].
-        batch: labels int64 [B], -1 where hidden; partner and share of mixup views.
+        batch: labels int64 [B], -1 where hidden; partner and share of mixed views.
         smoothing: label smoothing, 0 to 1.
 
     Returns:
@@ -55,7 +55,7 @@ class Hard(Loss):
     """Cross entropy with the labels, in nats.
 
     loss = mean over the labelled rows of -sum_c q_c log softmax(z)_c, q one-hot, or with smoothing s
-    (1 - s) one-hot + s / K. The two labels of a mixup view are weighted by their shares. Rows without a label are left
+    (1 - s) one-hot + s / K. The two labels of a mixed view are weighted by their shares. Rows without a label are left
     out; 0 when no row has a label.
 
     Args:

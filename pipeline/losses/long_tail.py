@@ -79,7 +79,7 @@ class LogitAdjusted(ClassCountLoss):
 
     loss = mean over the labelled rows of -log softmax(z + tau log pi)_y, pi the shares of the classes among the
     labelled training rows. The student predicts with z alone, which is then calibrated for balanced classes. The two
-    labels of a mixup view are weighted by their shares. 0 when no row has a label.
+    labels of a mixed view are weighted by their shares. 0 when no row has a label.
 
     Args:
         weight: factor of the term in the sum of losses.
@@ -188,7 +188,7 @@ class DiVE(Loss):
 class SoftF1(Loss):
     """1 - F1 of the batch, with probabilities in the place of predictions.
 
-    F1_c = 2 sum_i p_ic y_ic / (sum_i p_ic + n_c + 1e-8), p = softmax(z), y one-hot or the two shares of a mixup view,
+    F1_c = 2 sum_i p_ic y_ic / (sum_i p_ic + n_c + 1e-8), p = softmax(z), y one-hot or the two shares of a mixed view,
     n_c = sum_i y_ic. For one-hot p it equals 1 - F1 as reported. It is between 0 and 1, and 0 when no row has a label.
     It is computed and returned in float32 at least.
 
@@ -242,11 +242,11 @@ def label_shares(batch: Batch, p: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """Compute the label distribution of each row.
 
     Args:
-        batch: labels int64 [B], -1 where hidden; partner and share of mixup views.
+        batch: labels int64 [B], -1 where hidden; partner and share of mixed views.
         p: a tensor [B, K] whose shape, dtype and device the result has.
 
     Returns:
-        y [B, K]: one-hot, or the two shares of a mixup view, 0 for rows without labels; and bool [B], which rows have
+        y [B, K]: one-hot, or the two shares of a mixed view, 0 for rows without labels; and bool [B], which rows have
         labels.
     """
 

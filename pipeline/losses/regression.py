@@ -57,7 +57,7 @@ class MSE(NumberLoss):
     """Mean squared error of the hard numbers, standardised.
 
     loss = mean over the known numbers of ((z - y) / sd)², sd of the known training targets of each output; 0 when none
-    is known. The numbers of a mixup view are weighted by their shares.
+    is known. The numbers of a mixed view are weighted by their shares.
 
     Args:
         weight: factor of the term in the sum of losses.
@@ -78,7 +78,7 @@ class Huber(NumberLoss):
     """Huber loss of the hard numbers, standardised: squared near the target, linear far from it.
 
     loss = mean over the known numbers of d² / 2 where |d| <= delta, else delta (|d| - delta / 2), d = (z - y) / sd, sd
-    as of `mse`; 0 when none is known. delta = 1 is the smooth L1 loss. The numbers of a mixup view are weighted by
+    as of `mse`; 0 when none is known. delta = 1 is the smooth L1 loss. The numbers of a mixed view are weighted by
     their shares.
 
     Args:

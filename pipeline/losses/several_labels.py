@@ -16,10 +16,10 @@ from .kd import teacher_logits, weighted_mean
 
 
 def mix_labels(batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return several labels, or numbers, as targets: those of both images of a mixup view, weighted by their shares.
+    """Return several labels, or numbers, as targets: those of both images of a mixed view, weighted by their shares.
 
     Args:
-        batch: labels [B, K], -1 or NaN where unknown; partner and share of mixup views.
+        batch: labels [B, K], -1 or NaN where unknown; partner and share of mixed views.
         dtype: of the targets.
 
     Returns:
@@ -56,7 +56,7 @@ class BCE(Loss):
     """Binary cross entropy with several labels, in nats.
 
     loss = mean over the known labels of -(w_k y log s(z) + (1 - y) log(1 - s(z))), s the sigmoid; 0 when none is
-    known. The labels of a mixup view are weighted by their shares.
+    known. The labels of a mixed view are weighted by their shares.
 
     Args:
         weight: factor of the term in the sum of losses.
@@ -163,7 +163,7 @@ class Asymmetric(Loss):
 
     loss = mean over the known labels of -(y (1 - p)^gamma_pos log p + (1 - y) m^gamma_neg log(1 - m)), p = s(z),
     s the sigmoid, m = max(p - clip, 0); 0 when none is known. Negative labels that are easy count little, and those
-    with p <= clip not at all. The labels of a mixup view are weighted by their shares. With gamma_neg, gamma_pos and
+    with p <= clip not at all. The labels of a mixed view are weighted by their shares. With gamma_neg, gamma_pos and
     clip at 0 it is `bce`.
 
     The factors (1 - p)^gamma_pos and m^gamma_neg have gradients, as in the paper's section 2.4 and in the authors'

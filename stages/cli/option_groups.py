@@ -52,8 +52,9 @@ WEIGHTS_KEY_HELP = (
 )
 OUTPUT_HELP = "Key or index of the logits in what a network of your own returns, where that is not clear: logits or 0."
 VIEWS_HELP = (
-    "Augmentation: none, crop, crop-flip or resized-crop-flip, with parameters: crop:pad=4,mixup=1; of rows of "
-    "numbers: none or noise:std=0.1, also with mixup=1."
+    "Augmentation: none, crop, crop-flip, resized-crop-flip or multi-crop, with parameters: crop:pad=4; each also "
+    "with randaugment=2x9, jitter=0.4, hue=0.1, gray=0.2, erasing=0.25, mixup=1, cutmix=1; of rows of numbers: none "
+    "or noise:std=0.1, also with mixup=1."
 )
 COMBINE_HELP = "mean_logit, geometric, weighted:0.7,0.3, vote, learned, per_teacher, ca_mkd"
 CACHE_HELP = "Folder of the cache, where it is no longer where the run recorded it; repeat for several."
