@@ -177,7 +177,8 @@ def _make_shard(
 ) -> tuple[Arrays, dict[str, float]]:
     """Return the arrays of a shard, with random logits and features, and its facts."""
     part = rows.splits[spec.split]
-    index = make_row_order(seed, spec.split, len(part))[spec.start : spec.start + spec.rows]
+    order = make_row_order(seed, spec.split, len(part))
+    index = order[spec.start : spec.start + spec.rows].astype(np.int64)
     split_policy = policy if spec.split == "train" else policy.without_augmentation()
     checksums = [
         compute_crc32(render(part.images, split_policy, seed, index[start : start + 1024], spec.draw))

@@ -120,7 +120,7 @@ def _run_epoch(cache: Path, rows: int, folder: Path) -> dict[str, float]:
     network = build("mlp:64", 10, 1, 8)
     network(torch.zeros(1024, 1, 8, 8)).sum().backward()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which so far is that of making the images
-    before = _read_memory("VmRSS")
+    before = read_memory("VmRSS")
     del transfer_set
     fixtures.load_data.cache_clear()  # the images are loaded again below
     config, setup = fixtures.open_setup(cache, data, "mlp:64", batch_size=1024)
@@ -129,10 +129,10 @@ def _run_epoch(cache: Path, rows: int, folder: Path) -> dict[str, float]:
     run = replace(run, stream=replace(run.stream, taps=tuple(WIDE)))
     start = time.perf_counter()
     TrainingLoop(run, run.steps)()
-    return {"before": before, "peak": _read_memory("VmHWM"), "seconds": time.perf_counter() - start}
+    return {"before": before, "peak": read_memory("VmHWM"), "seconds": time.perf_counter() - start}
 
 
-def _read_memory(field: str) -> int:
+def read_memory(field: str) -> int:
     """Return bytes of this process in memory: VmRSS is now, VmHWM the most so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))

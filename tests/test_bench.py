@@ -60,6 +60,15 @@ def test_a_row_about_reading_is_measured(tmp_path: Path) -> None:
     assert read_records(tmp_path / "r.json")["reads-warm"]["median"] > 0
 
 
+def test_a_row_about_opening_large_caches_is_measured(tmp_path: Path) -> None:
+    process = run_bench("--quick", "--out", str(tmp_path / "r.json"), "--row", "open-14m,open-14m-memory")
+    assert process.returncode == 0, process.stdout
+    records = read_records(tmp_path / "r.json")
+    assert records["open-14m"]["median"] > 0, records
+    assert records["open-14m-memory"]["median"] > 1, records
+    assert "shards" in records["open-14m"]["why"]
+
+
 def test_an_unknown_row_is_an_error_that_names_it(tmp_path: Path) -> None:
     process = run_bench("--out", str(tmp_path / "r.json"), "--row", "bytes-10,fastest")
     assert process.returncode != 0

@@ -19,6 +19,7 @@ Floats = NDArray[np.float32]
 Arrays = dict[str, NDArray[np.generic]]
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 _CHUNK = 32_000  # numbers that are converted at once
+_MEASURED = 1 << 18  # numbers whose KL is computed at once: 2 MB in float64
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,13 @@ def measure_fidelity(logits: Floats, decoded: Floats, task: str = CLASSES) -> di
         "rows": len(logits),
         "flips": int((logits.argmax(1) != decoded.argmax(1)).sum()),
     }
+    rows = max(1, _MEASURED // logits.shape[1])  # all at once: 10 times the memory, 2.6 times as long
     for T in TEMPERATURES:
-        p, q = _log_softmax(logits / T), _log_softmax(decoded / T)
-        sums[f"kl_{T:g}"] = max(0.0, float((np.exp(p) * (p - q)).sum()))
+        kl = 0.0
+        for start in range(0, len(logits), rows):
+            p, q = (_log_softmax(z[start : start + rows] / T) for z in (logits, decoded))
+            kl += float((np.exp(p) * (p - q)).sum())
+        sums[f"kl_{T:g}"] = max(0.0, kl)
     return sums
 
 

@@ -12,6 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 _WEYL = np.uint64(0x9E3779B97F4A7C15)
+_BUCKET, _CHUNK = (
+    1 << 16,
+    1 << 18,
+)  # numbers sorted, and distributed, at once: they fit in a processor's cache
 Key = tuple[int | NDArray[np.int64], ...]
 
 
@@ -52,4 +56,34 @@ def uniform(key: Key, counters: NDArray[np.integer]) -> NDArray[np.float64]:
 
 def permutation(key: tuple[int, ...], n: int) -> NDArray[np.int64]:
     """Return the numbers 0 … n-1 in random order, int64 [n]. Ties, one in 2**64 pairs, stay in ascending order."""
-    return np.argsort(bits(key, np.arange(n)), kind="stable")
+    if n <= _BUCKET:
+        return np.argsort(bits(key, np.arange(n)), kind="stable")
+    return compact_permutation(key, n).astype(np.int64)
+
+
+def compact_permutation(key: tuple[int, ...], n: int) -> NDArray[np.uint32]:
+    """Return the same as `permutation`, in half the memory: uint32 [n], n up to 2**32.
+
+    The numbers are distributed to buckets by the highest bits of their random number, then each bucket is sorted: for
+    14 million 6 bytes a number in all, where sorting them at once takes 24, and no more time.
+    """
+    bucket_bits = max(1, (n // _BUCKET).bit_length())
+    shift = np.uint64(64 - bucket_bits)
+    bucket_of = np.empty(n, np.uint16)
+    for start in range(0, n, _CHUNK):
+        stop = min(start + _CHUNK, n)
+        bucket_of[start:stop] = bits(key, np.arange(start, stop)) >> shift
+    ends = np.cumsum(np.bincount(bucket_of, minlength=1 << bucket_bits))
+    starts = np.concatenate([[0], ends[:-1]])
+    order = np.empty(n, np.uint32)
+    free = starts.copy()  # the next place in each bucket
+    for start in range(0, n, _CHUNK):
+        chunk = bucket_of[start : start + _CHUNK]
+        counts = np.bincount(chunk, minlength=1 << bucket_bits)
+        by_bucket = np.argsort(chunk, kind="stable")
+        order[np.repeat(free - np.cumsum(counts) + counts, counts) + np.arange(len(chunk))] = by_bucket + start
+        free += counts
+    for start, stop in zip(starts.tolist(), ends.tolist(), strict=True):
+        bucket = order[start:stop]
+        bucket[:] = bucket[np.argsort(bits(key, bucket), kind="stable")]
+    return order

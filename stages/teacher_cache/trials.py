@@ -46,7 +46,7 @@ class TrialViews:
     def render(self) -> list[torch.Tensor]:
         """Render the views as batches uint8 [B, C, S, S], at least two: the first one also warms everything up."""
         train = self.transfer_set.splits["train"]
-        index = make_row_order(self.config.seed, "train", len(train))[:_MAX_VIEWS]
+        index = make_row_order(self.config.seed, "train", len(train))[:_MAX_VIEWS].astype(np.int64)
         size = min(self.batch_rows, -(-len(index) // _MIN_BATCHES))
         batches = [index[i : i + size] for i in range(0, len(index), size)]
         return [render(train.images, self.views, self.config.seed, batch, 0) for batch in batches]

@@ -1,6 +1,9 @@
 """Random numbers are a pure function of key and counter, pinned to the bit."""
 
+import tracemalloc
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -70,3 +73,31 @@ def test_a_part_of_the_key_may_differ_from_counter_to_counter() -> None:
 @given(KEYS, st.integers(0, 300))
 def test_a_permutation_has_every_number_once(key: tuple[int, ...], n: int) -> None:
     assert sorted(rng.permutation(key, n).tolist()) == list(range(n))
+
+
+@pytest.mark.parametrize("n", [0, 1, 65_537, 300_000, 1_000_003])
+def test_a_long_permutation_is_that_of_one_stable_sort(n: int) -> None:
+    expected = np.argsort(rng.bits((3, 1), np.arange(n)), kind="stable")
+    for order in (rng.permutation((3, 1), n), rng.compact_permutation((3, 1), n)):
+        np.testing.assert_array_equal(order, expected)
+    assert rng.permutation((3, 1), n).dtype == np.int64
+
+
+def test_ties_stay_in_ascending_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random numbers of four bits, so that most are equal to another one."""
+    bits = rng.bits
+    monkeypatch.setattr(rng, "bits", lambda key, counters: bits(key, counters) & np.uint64(0xF << 60))
+    expected = np.argsort(rng.bits((3,), np.arange(200_000)), kind="stable")
+    np.testing.assert_array_equal(rng.permutation((3,), 200_000), expected)
+
+
+def test_a_long_order_takes_little_memory() -> None:
+    n = 2_000_000
+    tracemalloc.start()
+    try:
+        order = rng.compact_permutation((3, 1), n)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert order.nbytes == 4 * n
+    assert peak < 6 * n + (24 << 20)  # 48 MB where all numbers are sorted at once

@@ -1,6 +1,7 @@
 """Codecs: decoded logits are as near as promised, and what a codec costs is measured correctly."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -232,3 +233,19 @@ def test_the_cost_of_ordinary_logits_is_bounded(codec: str, nats: float, K: int)
     sums = measure_fidelity(logits, encode_and_decode(codec, logits))
     for T in (1, 2, 4, 8):
         assert 0 <= sums[f"kl_{T}"] / 500 <= nats
+
+
+@pytest.mark.parametrize(("n", "K"), [(700, 1000), (3, 300_000)])
+def test_the_cost_of_many_logits_is_measured_in_little_memory(n: int, K: int) -> None:
+    logits = make_logits(n, K, seed=5)
+    decoded = logits.astype(np.float16).astype(np.float32)
+    tracemalloc.start()
+    try:
+        sums = measure_fidelity(logits, decoded)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    parts = [measure_fidelity(logits[i : i + 1], decoded[i : i + 1]) for i in range(n)]
+    for name, value in sums.items():
+        assert value == pytest.approx(sum(part[name] for part in parts), rel=1e-9)
+    assert peak < 64 * max(K, 1 << 18)
