@@ -21,7 +21,8 @@ from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.views.policy import ViewPolicy, parse_views
 from softcache.data.views.render import render
 from softcache.pipeline.cache.checksums import compute_crc32
-from softcache.pipeline.cache.codecs import CODECS, measure_fidelity
+from softcache.pipeline.cache.codec_choice import find_codec
+from softcache.pipeline.cache.codecs import measure_fidelity
 from softcache.pipeline.cache.identity import Identity, make_identity
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.plan import CachePlan
@@ -186,8 +187,8 @@ def _make_shard(
     ]
     generator = np.random.default_rng(spec.draw + 1000 * spec.start)
     logits = generator.standard_normal((spec.rows, len(rows.classes)), np.float32) * 3
-    stored = CODECS[codec].encode(logits)
-    decoded = CODECS[codec].decode(stored)
+    stored = find_codec(codec).encode(logits, index.astype(np.uint64))
+    decoded = find_codec(codec).decode(stored, logits.shape[1])
     features = {name: _make_features(spec.rows, shape) for name, (shape, _) in spec.datasets.items() if "/" in name}
     keys = {
         "index": index.astype("<u4"),

@@ -132,8 +132,8 @@ def _write_rows(writer: CacheWriter, spec: ShardSpec, order: np.ndarray[Any, Any
     logits = np.random.default_rng(spec.start).standard_normal((spec.rows, CLASSES), np.float32)
     index = order[spec.start : spec.start + spec.rows].astype("<u4")
     labels = (index % CLASSES).astype("<i4")
-    stored = CODECS["float16"].encode(logits)
-    correct = int((CODECS["float16"].decode(stored).argmax(1) == labels).sum())
+    stored = CODECS["float16"].encode(logits, index.astype(np.uint64))
+    correct = int((CODECS["float16"].decode(stored, logits.shape[1]).argmax(1) == labels).sum())
     arrays = {**stored, "index": index, "label": labels, "view_crc32": np.zeros(spec.rows, "<u4")}
     writer.write_shard(spec, arrays, {"seconds": 0.0, "correct": correct, **measure_fidelity(logits[:9], logits[:9])})
 

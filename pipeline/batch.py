@@ -124,6 +124,10 @@ class BatchSource(Protocol):
         """What the hard targets and the teacher's outputs are, see data/tasks.py."""
 
     @property
+    def codec(self) -> tuple[str, str]:
+        """Name and kind of the codec of the teacher's logits, see pipeline/cache/codecs.py."""
+
+    @property
     def fingerprint(self) -> str:
         """What identifies the cache, or the caches."""
 

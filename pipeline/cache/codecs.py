@@ -17,6 +17,8 @@ from softcache.pipeline.metrics.distances import binary_kl, cosines
 
 Floats = NDArray[np.float32]
 Arrays = dict[str, NDArray[np.generic]]
+RowKeys = NDArray[np.uint64]  # [n], a random number of each row, on which the choices of a codec for it depend
+DENSE, TOP, SAMPLE = "dense", "top", "sample"  # kinds of codecs, see Codec.kind
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 _CHUNK = 32_000  # numbers that are converted at once
 _MEASURED = 1 << 18  # numbers whose KL is computed at once: 2 MB in float64
@@ -28,25 +30,31 @@ class Codec:
 
     Attributes:
         datasets: K -> {name: (row shape, dtype)}, what is stored of a row.
-        encode: Logits float32 [n, K] -> {name: [n, …]}.
-        decode: The inverse: float32 [n, K], as near as the codec is.
+        encode: Logits float32 [n, K] and a key of each row -> {name: [n, …]}.
+        decode: The inverse, with K: float32 [n, K], as near as the codec is. Raises ValueError for numbers that no
+            encoding gives.
         max_value: Largest absolute value of a logit that can be stored.
         tasks: For which it is, see data/tasks.py.
+        kind: DENSE where every logit is stored; TOP where the largest ones are, and the sum of the others'
+            probabilities; SAMPLE where a sample of the classes is.
+        min_classes: Least K.
     """
 
     datasets: Callable[[int], dict[str, tuple[tuple[int, ...], str]]]
-    encode: Callable[[Floats], Arrays]
-    decode: Callable[[Mapping[str, NDArray[np.generic]]], Floats]
+    encode: Callable[[Floats, RowKeys], Arrays]
+    decode: Callable[[Mapping[str, NDArray[np.generic]], int], Floats]
     max_value: float
     tasks: tuple[str, ...]
+    kind: str = DENSE
+    min_classes: int = 1
 
 
 def _make_float_codec(dtype: str, max_value: float, tasks: tuple[str, ...]) -> Codec:
     """Make the codec that stores logits as they are, in a dtype."""
     return Codec(
         datasets=lambda K: {"logits": ((K,), dtype)},
-        encode=lambda logits: {"logits": logits.astype(dtype)},
-        decode=lambda stored: _to_float32(stored["logits"]),
+        encode=lambda logits, keys: {"logits": logits.astype(dtype)},
+        decode=lambda stored, K: _to_float32(stored["logits"]),
         max_value=max_value,
         tasks=tasks,
     )
@@ -66,7 +74,7 @@ def _to_float32(stored: NDArray[np.generic]) -> Floats:
     return result
 
 
-def _encode_sqrt8(logits: Floats) -> Arrays:
+def _encode_sqrt8(logits: Floats, keys: RowKeys) -> Arrays:
     """Square-root companding below the row maximum: c = round(255 sqrt((max - z) / (max - min))).
 
     Depths count from the maximum itself and not from its float16: that rounding moves a whole row, which no softmax
@@ -79,14 +87,14 @@ def _encode_sqrt8(logits: Floats) -> Arrays:
     return {"logits": code, "logits_scale": np.concatenate([top, span], 1).astype(np.float16)}
 
 
-def _decode_sqrt8(stored: Mapping[str, NDArray[np.generic]]) -> Floats:
+def _decode_sqrt8(stored: Mapping[str, NDArray[np.generic]], K: int) -> Floats:
     """z = max - (c / 255)² (max - min)."""
     scale = stored["logits_scale"].astype(np.float32)
     share = np.square(stored["logits"].astype(np.float32) * np.float32(1 / 255))
     return np.asarray(scale[:, :1] - share * scale[:, 1:], np.float32)
 
 
-def _encode_int8(rows: Floats) -> Arrays:
+def _encode_int8(rows: Floats, keys: RowKeys) -> Arrays:
     """Divide each row by a scale of its own, so that its largest absolute value is 127."""
     scale = (np.abs(rows).max(1, keepdims=True) / 127).astype(np.float16)
     divisor = np.maximum(scale.astype(np.float32), np.float32(2**-24))  # the smallest float16 above 0
@@ -94,7 +102,7 @@ def _encode_int8(rows: Floats) -> Arrays:
     return {"logits": code, "logits_scale": divisor.astype(np.float16)}
 
 
-def _decode_int8(stored: Mapping[str, NDArray[np.generic]]) -> Floats:
+def _decode_int8(stored: Mapping[str, NDArray[np.generic]], K: int) -> Floats:
     return np.asarray(stored["logits"].astype(np.float32) * stored["logits_scale"].astype(np.float32), np.float32)
 
 
@@ -123,6 +131,29 @@ FIDELITY: dict[str, tuple[str, ...]] = {
     NUMBERS: ("relative_error",),
     EMBEDDING: ("cosine",),
 }
+SAMPLE_FIDELITY = ("flips", "reverse_kl_1")
+
+
+def list_measures(task: str, codec: Codec) -> tuple[str, ...]:
+    """List what is measured of a codec of a task, see `measure_fidelity` and `measure_sample`."""
+    return SAMPLE_FIDELITY if codec.kind == SAMPLE else FIDELITY[task]
+
+
+def measure_sample(logits: Floats, decoded: Floats) -> dict[str, float]:
+    """Measure what a sample of the classes costs on some rows.
+
+    Args:
+        logits: float32 [n, K], as the teacher outputs them.
+        decoded: float32 [n, K], of the sample.
+
+    Returns:
+        Sums over the rows: `rows`; `flips`, the rows whose top-1 class is not the one that was drawn most often; and
+        `reverse_kl_1`, KL(sample || softmax(logits)) in nats. The KL of the other codecs is infinite for a sample, and
+        that of one sample says little: their mean over the draws of an image is the teacher's distribution.
+    """
+    sums = {"rows": float(len(logits)), "flips": float((logits.argmax(1) != decoded.argmax(1)).sum())}
+    p, q = _log_softmax(logits), _log_softmax(decoded)
+    return {**sums, "reverse_kl_1": max(0.0, float((np.exp(q) * (q - p)).sum()))}
 
 
 def measure_fidelity(logits: Floats, decoded: Floats, task: str = CLASSES) -> dict[str, float]:

@@ -18,7 +18,7 @@ import numpy as np
 from softcache.base.files import publish_text
 from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS, get_task
 
-from .codecs import CODECS
+from .codec_choice import find_codec
 from .folder import MANIFEST_FILE
 from .identity import FORMAT, Identity, compute_fingerprint
 from .shards import Layout
@@ -48,7 +48,7 @@ def list_datasets(classes: int, codec: str, taps: dict[str, list[int]], task: st
     features = {f"features/{tap}": (tuple(shape), "<f2") for tap, shape in taps.items()}
     labels: dict[str, tuple[tuple[int, ...], str]] = {LABELS: ((classes,), "|i1"), NUMBERS: ((classes,), "<f4")}
     keys: Datasets = {"index": ((), "<u4"), "label": labels.get(task, ((), "<i4")), "view_crc32": ((), "<u4")}
-    return {**CODECS[codec].datasets(classes), **features, **keys}
+    return {**find_codec(codec).datasets(classes), **features, **keys}
 
 
 def count_row_bytes(datasets: Datasets) -> int:

@@ -16,7 +16,8 @@ from softcache.base.files import read_regular_file
 from softcache.base.schema import OptionalKey, validate
 from softcache.data.tasks import CLASSES, EMBEDDING, TASKS
 
-from .codecs import CODECS, FIDELITY
+from .codec_choice import CODEC_PATTERN, find_codec
+from .codecs import FIDELITY, SAMPLE_FIDELITY, list_measures
 from .folder import HEAD_FILE, IN_PROGRESS_FILE, MANIFEST_FILE, make_shard_path, parse_shard_path
 from .identity import FORMAT, PRECISIONS
 from .manifest import (
@@ -166,7 +167,7 @@ IDENTITY_SCHEMA: dict[str, Any] = {
     },
     "views": {str: (float, re.compile("[a-z0-9-]{1,64}"))},
     "teacher": _TEACHER,
-    "codec": re.compile("|".join(CODECS)),
+    "codec": CODEC_PATTERN,
     "precision": re.compile("|".join(PRECISIONS)),
 }
 SETTINGS_SCHEMA = {str: (None, bool, float, str)}
@@ -199,7 +200,7 @@ _SCHEMA: dict[str, Any] = {
     ],
     "head": (None, {"path": re.compile(re.escape(HEAD_FILE)), "bytes": int, "checksum": _HEX, "inputs": int}),
     "teacher": {str: {"accuracy": (None, float), OptionalKey("labelled"): int}},
-    "fidelity": tuple(dict.fromkeys(("rows", *names), float) for names in FIDELITY.values()),
+    "fidelity": tuple(dict.fromkeys(("rows", *names), float) for names in (*FIDELITY.values(), SAMPLE_FIDELITY)),
     "seconds": float,
     "settings": SETTINGS_SCHEMA,
     "versions": {str: str},
@@ -234,7 +235,7 @@ def _check_bounds(path: Path, manifest: Manifest) -> None:
         raise CacheError(f"{path}: its splits are {ascii(list(manifest.splits))[:80]}, not train and val or test")
     if set(manifest.teacher) != set(manifest.splits):
         raise CacheError(f"{path}: the teacher's accuracy is given for other splits than those of the cache")
-    if set(manifest.fidelity) != {"rows", *FIDELITY[manifest.task]}:
+    if set(manifest.fidelity) != {"rows", *list_measures(manifest.task, find_codec(manifest.identity["codec"]))}:
         raise CacheError(f"{path}: what its codec costs is not measured for the task {manifest.task}")
     if manifest.task == EMBEDDING and (manifest.head is None or manifest.head.inputs not in (0, manifest.classes)):
         raise CacheError(f"{path}: the mean and standard deviation of the embedding are missing")

@@ -1,5 +1,6 @@
 """Mean, standard deviation and principal axes of an embedding, which losses standardise with."""
 
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -61,4 +62,6 @@ def _read(folder: Path, record: ShardRecord, datasets: Datasets, codec: Codec) -
     layout = make_layout(record.rows, {name: datasets[name] for name in record.datasets})
     names = [name for name in record.datasets if name.startswith("logits")]
     with closing(Shard(folder, record.path, layout, record.bytes, record.checksum)) as shard:
-        return codec.decode({name: shard.read(name) for name in names}).astype(np.float64)
+        return codec.decode({name: shard.read(name) for name in names}, math.prod(datasets["logits"][0])).astype(
+            np.float64
+        )

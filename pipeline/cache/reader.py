@@ -39,7 +39,7 @@ from softcache.data.views.policy import ViewPolicy, check_policy, read_views
 from softcache.pipeline.batch import LinearHead
 from softcache.pipeline.models.prepared_model import InputSpec
 
-from .codecs import CODECS
+from .codec_choice import find_codec
 from .folder import IN_PROGRESS_FILE, MANIFEST_FILE, list_shard_files
 from .identity import FORMAT, format_differences
 from .manifest import ROW_KEYS, Manifest, ShardRecord, count_row_bytes
@@ -69,7 +69,7 @@ class CacheReader:
         unlisted_files: Shards of an addition that is not complete; they are not read.
         classes: K, the width of the logits.
         task: What the hard targets and the logits are, see data/tasks.py.
-        codec: Of the logits.
+        codec, codec_name: Of the logits.
         views: How training images became views.
         seed: Of the views and of the row order.
         data: Name of the data set.
@@ -128,8 +128,11 @@ class CacheReader:
             raise ValueError("seed and size of the views are no integers, or the policy is no name")
         self.views: ViewPolicy = read_views(views)
         self.seed = int(views["seed"])
-        self.codec = CODECS[identity["codec"]]
+        self.codec_name = str(identity["codec"])
+        self.codec = find_codec(self.codec_name)
         self.classes = self.manifest.classes
+        if self.classes < self.codec.min_classes:
+            raise ValueError(f"codec {identity['codec']} of {self.classes} classes")
         self.task = self.manifest.task
         if self.task not in self.codec.tasks:
             raise ValueError(f"codec {identity['codec']} of the task {self.task}")
@@ -304,7 +307,7 @@ class CacheReader:
     def _decode(
         self, rows: dict[str, NDArray[np.generic]], taps: tuple[str, ...]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logits = torch.from_numpy(self.codec.decode(rows))
+        logits = torch.from_numpy(self.codec.decode(rows, self.classes))
         return logits, {tap: torch.from_numpy(rows[f"features/{tap}"]) for tap in taps}
 
     def fits_in_memory(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool:

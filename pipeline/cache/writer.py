@@ -26,7 +26,8 @@ from softcache.base.lock import LOCK, hold_lock
 from softcache.base.schema import validate
 from softcache.data.tasks import CLASSES, get_task
 
-from .codecs import CODECS, FIDELITY
+from .codec_choice import find_codec
+from .codecs import list_measures
 from .existing import (
     NOTES,
     Complete,
@@ -272,7 +273,7 @@ class CacheWriter:
         plan = self.plan
         codec, task = plan.identity["codec"], get_task(plan.identity)
         datasets = list_datasets(plan.classes, codec, plan.taps, task)
-        arrays = measure_outputs(self.folder, shards, datasets, CODECS[codec], with_axes)
+        arrays = measure_outputs(self.folder, shards, datasets, find_codec(codec), with_axes)
         return self._write_head(arrays, plan.classes if with_axes else 0)
 
     def _write_head(self, arrays: Arrays, inputs: int) -> HeadRecord:
@@ -312,7 +313,7 @@ class CacheWriter:
 
     def _compute_fidelity(self) -> dict[str, float]:
         """Compute means over all rows of the cache, those that were there before included."""
-        names = FIDELITY[get_task(self.plan.identity)]
+        names = list_measures(get_task(self.plan.identity), find_codec(self.plan.identity["codec"]))
         sums = [part for record in self.records if "rows" in (part := self.measurements[record.path])]
         if self.previous:
             means = self.previous.fidelity

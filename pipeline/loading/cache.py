@@ -515,6 +515,11 @@ class LoaderSource:
         return self.cache.task
 
     @property
+    def codec(self) -> tuple[str, str]:
+        """Name and kind of the codec of the logits; of several caches that of the first one, see check_same_codecs."""
+        return self.cache.reader.codec_name, self.cache.reader.codec.kind
+
+    @property
     def fingerprint(self) -> str:
         """What identifies the cache, or the caches."""
         return " ".join(member.manifest.fingerprint for member in self.cache.teachers.members)

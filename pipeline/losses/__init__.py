@@ -6,8 +6,8 @@ ramp: `temperature=8->1` changes it linearly over the training (temperature anne
 
 `--loss my_module:MyLoss:weight=0.5` is a loss of a user's own, see custom.py. A name of LOSSES wins over a module.
 
-May import base, pipeline.batch, pipeline.taps and pipeline.teachers. Begin with `kd.py`. A new loss is a dataclass in
-the file of its family and an entry of LOSSES.
+May import base, pipeline.batch, pipeline.cache, pipeline.taps and pipeline.teachers. Begin with `kd.py`. A new loss is
+a dataclass in the file of its family and an entry of LOSSES.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
 from softcache.base.user_modules import file_name_error
 from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS
+from softcache.pipeline.cache.codecs import DENSE, SAMPLE
 
 from .base import MAX_RAMP_EPOCHS, Loss, Ramp, check_parameter, to_float
 from .classifier import SRRL, CatKD, SimKD
@@ -42,6 +43,7 @@ __all__ = [
     "Custom",
     "Loss",
     "ZeroLossError",
+    "check_codec",
     "check_loss_trains",
     "check_task",
     "copy_for_training",
@@ -255,6 +257,26 @@ def check_task(losses: Sequence[Loss], task: str) -> None:
             )
         if task != EMBEDDING and isinstance(loss, RelationalLoss) and loss.reads_outputs:
             raise loss.layers_error()
+
+
+def check_codec(losses: Sequence[Loss], codec: str, kind: str) -> None:
+    """Check that losses can be computed from logits that are stored by a codec.
+
+    Args:
+        losses: the terms.
+        codec: name of the codec, for messages.
+        kind: of the codec, see pipeline/cache/codecs.py.
+
+    Raises:
+        UsageError: one of them cannot, with what can.
+    """
+    for loss in losses:
+        if kind != DENSE and (reason := loss.refuse_codec(kind)):
+            example = "kd:temperature=1" if kind == SAMPLE else "kd"
+            raise UsageError(
+                f"loss '{loss.name}' {reason}, and the cache has the codec {codec}: {example}, or a cache with the"
+                " codec float16 or sqrt8"
+            )
 
 
 class ZeroLossError(UsageError):

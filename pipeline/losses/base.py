@@ -182,6 +182,7 @@ class Loss(Protocol):
         needs_single_label: whether it is undefined for a mixed view, which has two labels.
         repeatable: whether --loss may name it more than once.
         is_row_mean: whether it is a mean over rows, each of which can be weighted by Batch.row_weights.
+        sparse_codecs: kinds of sparse codecs whose logits it may read, "top" or "sample": see `refuse_codec`.
     """
 
     name: ClassVar[str]
@@ -193,6 +194,7 @@ class Loss(Protocol):
     needs_single_label: ClassVar[bool] = False
     repeatable: ClassVar[bool] = False
     is_row_mean: ClassVar[bool] = False
+    sparse_codecs: ClassVar[tuple[str, ...]] = ()
 
     @property
     def weight(self) -> float | Ramp: ...
@@ -215,6 +217,16 @@ class Loss(Protocol):
     def student_taps(self) -> tuple[str, ...]:
         """Return the names of the student's layers that the loss reads."""
         return ()
+
+    def refuse_codec(self, kind: str) -> str:
+        """Return why the loss cannot be trained from the logits of a sparse codec, as a clause; empty where it can.
+
+        Args:
+            kind: "top", where the classes that are not stored are decoded as equally likely; or "sample", where those
+                that were not drawn have the probability 0.
+        """
+        is_accepted = kind in self.sparse_codecs or not self.needs_logits
+        return "" if is_accepted else "needs the teacher's logits of all classes"
 
     def is_zero(self, classes: int) -> bool:
         """Return whether the term is the same in every batch, so that nothing is learned from it.

@@ -16,6 +16,7 @@ from softcache.base.user_code import locate_definition, user_code
 from softcache.base.user_modules import keep_global_state, name_type
 from softcache.data.tasks import TASKS
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
+from softcache.pipeline.cache.codecs import SAMPLE, TOP
 from softcache.pipeline.taps.statistics import parse_tap
 
 from .base import Loss, Ramp
@@ -37,6 +38,7 @@ class Custom(Loss):
         needs_logits: whether it reads the teacher's logits, default True. With several teachers that are not combined
             it is called with the logits of each, and its mean is taken.
         needs_single_label: whether it is undefined for a mixed view, which has two labels; default False.
+        sparse_codecs: some of ("top", "sample"), whose logits it may read; default none.
 
     A torch.nn.Module is trained where it has parameters: they get the learning rate of the student, are saved in
     checkpoints, and are not part of the student that comes out. Lazy layers get their shapes from the first batch.
@@ -79,6 +81,14 @@ class Custom(Loss):
     def needs_logits(self) -> bool:  # type: ignore[override]
         """Whether it reads the teacher's logits."""
         return self._read_flag("needs_logits", default=True)
+
+    @property
+    def sparse_codecs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Kinds of sparse codecs whose logits it may read, `top` or `sample`."""
+        kinds = getattr(self.function, "sparse_codecs", ())
+        if not isinstance(kinds, tuple | list) or not set(kinds) <= {TOP, SAMPLE}:
+            raise UsageError(f"loss '{self.name}': sparse_codecs is {kinds!r}, not some of ('{TOP}', '{SAMPLE}')")
+        return tuple(kinds)
 
     @property
     def needs_single_label(self) -> bool:  # type: ignore[override]

@@ -18,7 +18,7 @@ from softcache.pipeline.taps.hooks import capture_features
 from softcache.pipeline.taps.statistics import derive_features
 from softcache.pipeline.teachers.combine import PER_TEACHER
 
-from . import check_loss_trains, check_task, parse_losses, resolve_ramps
+from . import check_codec, check_loss_trains, check_task, parse_losses, resolve_ramps
 from .base import (
     Loss,
     check_is_object,
@@ -364,6 +364,7 @@ def _check_tasks(losses: Sequence[Loss], batch: Batch) -> None:
     """Check that losses are for the task of a batch: that of its cache, else one that has the form of its labels."""
     if batch.source is not None:
         check_task(losses, batch.source.task)
+        check_codec(losses, *batch.source.codec)
     elif batch.labels.ndim == 2:
         check_task(losses, NUMBERS if batch.labels.is_floating_point() else LABELS)
     elif not all(EMBEDDING in loss.tasks for loss in losses):

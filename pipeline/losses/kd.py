@@ -11,6 +11,7 @@ from torch import nn
 from softcache.base.errors import UsageError
 from softcache.data.tasks import CLASSES, LABELS
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
+from softcache.pipeline.cache.codecs import SAMPLE, TOP
 
 from .base import Loss, Ramp, require_logits, to_float
 from .hard import cross_entropy_rows, masked_mean
@@ -116,6 +117,14 @@ class KD(Loss):
     standardize: bool = False
     name: ClassVar[str] = "kd"
     is_row_mean: ClassVar[bool] = True
+    sparse_codecs: ClassVar[tuple[str, ...]] = (TOP, SAMPLE)
+
+    def refuse_codec(self, kind: str) -> str:
+        if self.standardize:
+            return "with standardize=true needs the teacher's logits of all classes"
+        if kind == SAMPLE and self.temperature != 1:
+            return "reads a sample of the teacher's distribution at temperature 1 with temperature=1 alone"
+        return ""
 
     def is_zero(self, classes: int) -> bool:
         if self.standardize:
@@ -258,6 +267,7 @@ class CTKD(Loss):
     span: float = 20.0
     reversal: float | Ramp = Ramp(0.0, 1.0, 10)  # noqa: RUF009 (frozen)
     name: ClassVar[str] = "ctkd"
+    sparse_codecs: ClassVar[tuple[str, ...]] = (TOP,)
 
     def build_part(self, student: ModelOutputs, batch: Batch, context: LossContext) -> nn.Module | None:
         return LearnedTemperature(self.start, self.span)

@@ -13,6 +13,7 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.base.progress import Progress
 from softcache.data.tasks import EMBEDDING
 from softcache.pipeline.batch import LinearHead
+from softcache.pipeline.cache.codecs import DENSE
 from softcache.pipeline.cache.identity import format_differences
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.rows import Positions
@@ -187,12 +188,18 @@ def check_same_views(caches: Sequence[CacheReader]) -> None:
     """Check that caches are of the same transfer set, views and classes, and that none is named twice.
 
     Raises:
-        UsageError: Two of them are the same cache.
+        UsageError: Two of them are the same cache, or one of several has a sparse codec.
         CacheError: They differ; the message names the fields.
     """
     for cache, other in combinations(caches, 2):
         if other.manifest.fingerprint == cache.manifest.fingerprint:
             raise UsageError(f"'{cache.folder}' and '{other.folder}' are the same cache: one --cache is enough")
+    for cache in caches if len(caches) > 1 else ():
+        if cache.codec.kind != DENSE:
+            raise UsageError(
+                f"'{cache.folder}' has the codec {cache.codec_name}: several teachers need the logits of all classes,"
+                " as float16 or sqrt8 stores them"
+            )
     first = caches[0]
     expected = {name: first.manifest.identity[name] for name in ("transfer_set", "views")}
     for other in caches[1:]:

@@ -21,7 +21,7 @@ from softcache.pipeline.cache.writer import CacheWriter, clean_up
 from softcache.stages.cli.console import progress_bar
 from softcache.stages.runs.environment import library_versions
 from softcache.stages.teacher_cache.cache_readme import write_readme
-from softcache.stages.teacher_cache.targets import encode_targets
+from softcache.stages.teacher_cache.encoding import encode_targets, make_row_keys
 
 from .heads import Head
 
@@ -110,5 +110,6 @@ def _compute_shard(cache: CacheReader, head: Head, spec: ShardSpec) -> tuple[Arr
     keys: Arrays = {
         name: cache.read_rows(spec.split, spec.draw, name, positions) for name in ("index", "label", "view_crc32")
     }
-    encoded, measurements = encode_targets(CODECS[CODEC], logits, keys["label"].astype(np.int64), CLASSES)
+    row_keys = make_row_keys(cache.seed, spec.split, spec.draw, keys["index"].astype(np.int64))
+    encoded, measurements = encode_targets(CODECS[CODEC], logits, row_keys, keys["label"].astype(np.int64), CLASSES)
     return {**encoded, **keys}, measurements

@@ -10,8 +10,9 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.data.sampling import draw_labelled_rows
 from softcache.data.tasks import CLASSES, EMBEDDING, HardTargets, find_known, hide_rows, require_classes
 from softcache.data.transfer_set import TransferSet, count_classes
+from softcache.pipeline.cache.codecs import DENSE
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.losses import Loss, check_loss_trains, check_task, parse_losses
+from softcache.pipeline.losses import Loss, check_codec, check_loss_trains, check_task, parse_losses
 from softcache.pipeline.losses.base import list_teacher_taps
 from softcache.pipeline.losses.hint import ConcatHint
 from softcache.pipeline.losses.long_tail import require_counts
@@ -45,6 +46,7 @@ def parse_student_losses(
         for loss in (parse_losses(config.loss) if losses is None else losses)
     )
     check_task(losses, cache.task)
+    _check_codec(config, cache, losses)
     check_loss_trains(losses, cache.classes, config.epochs)
     if cache.views.mixes_images and (names := [loss.name for loss in losses if loss.needs_single_label]):
         raise UsageError(
@@ -53,6 +55,18 @@ def parse_student_losses(
     if cache.manifest.head is None and (names := [loss.name for loss in losses if loss.needs_head]):
         raise UsageError(f"loss '{names[0]}' needs the teacher's last linear layer, and this teacher has none")
     return losses
+
+
+def _check_codec(config: StudentConfig, cache: CacheReader, losses: tuple[Loss, ...]) -> None:
+    """Check that losses and options can be computed from the logits of the codec of a cache."""
+    name, kind = cache.codec_name, cache.codec.kind
+    check_codec(losses, name, kind)
+    for option in ("map", "combine"):
+        if kind != DENSE and (value := getattr(config, option)):
+            raise UsageError(
+                f"{to_flag(option)} {value} needs the teacher's logits of all classes, and the cache has the codec"
+                f" {name}: leave it out, or a cache with the codec float16 or sqrt8"
+            )
 
 
 def check_task_options(config: StudentConfig, task: str) -> None:

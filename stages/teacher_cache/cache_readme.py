@@ -201,7 +201,7 @@ def _format_fields(
         "contents": "logits" + (f"; features {features}" if features else ""),
         "codec": escape(identity["codec"]),
         "cost": _format_cost(manifest),
-        "kl": f"{fidelity['kl_4']:.1e}" if is_classes else "",
+        "kl": f"{fidelity['kl_4']:.1e}" if "kl_4" in fidelity else "",
         "flips": fidelity.get("flips", 0.0),
         "size": manifest.bytes / 1e6,
         "files": len(manifest.shards),
@@ -226,12 +226,19 @@ def _format_cost(manifest: Manifest) -> str:
     if manifest.task != CLASSES:
         return describe_fidelity(manifest)
     fidelity = manifest.fidelity
+    if "kl_4" not in fidelity:  # of a sample
+        return describe_fidelity(manifest)
     return f"KL {fidelity['kl_4']:.1e} nats at temperature 4, {fidelity['flips']:.4%} of rows change their top-1 class"
 
 
 def describe_fidelity(manifest: Manifest) -> str:
     """Describe in one line what the codec of a cache costs."""
     fidelity = manifest.fidelity
+    if "reverse_kl_1" in fidelity:
+        return (
+            f"KL(sample || teacher) {fidelity['reverse_kl_1']:.2f} at T=1 in one view;"
+            f" {fidelity['flips']:.2%} of rows have another first class"
+        )
     if manifest.task == CLASSES:
         kl = ", ".join(f"{fidelity[f'kl_{T}']:.1e} at T={T}" for T in (1, 2, 4, 8))
         return f"KL {kl}; {fidelity['flips']:.4%} of rows change their first class"

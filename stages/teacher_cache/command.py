@@ -80,7 +80,8 @@ def _print_report(manifest: Manifest, config: CacheConfig, console: Console) -> 
     console.print(f"wrote:   {rows:,} rows, {size}, in {format_duration(manifest.seconds)}{pace}")
     mixed = ", train on mixed views" if read_views(manifest.identity["views"]).mixes_images else ""
     if manifest.task == CLASSES:
-        console.print(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}{mixed}")
+        sampled = ", of the stored samples" if "reverse_kl_1" in manifest.fidelity else ""
+        console.print(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}{mixed}{sampled}")
     else:
         labelled = ", ".join(f"{split} {figures['labelled']:,}" for split, figures in manifest.teacher.items())
         width = f"{manifest.classes:,} output{'s' if manifest.classes > 1 else ''}"

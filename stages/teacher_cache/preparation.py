@@ -13,10 +13,10 @@ from softcache.base.errors import CacheError, CacheMismatchError, UsageError, un
 from softcache.base.schema import validate
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import DATASET, format_placeholder, get_source_name, short_name
-from softcache.data.tasks import EMBEDDING, LABELS, NUMBERS, require_classes
+from softcache.data.tasks import EMBEDDING, LABELS, NUMBERS, TASKS, require_classes
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views.policy import ViewPolicy, parse_views
-from softcache.pipeline.cache.codecs import CODECS
+from softcache.pipeline.cache.codec_choice import MAX_NUMBER, SPARSE_EXAMPLES, find_codec, list_codecs
 from softcache.pipeline.cache.existing import Complete, read_existing, read_in_progress_file, read_inference_settings
 from softcache.pipeline.cache.folder import MANIFEST_FILE
 from softcache.pipeline.cache.identity import Identity, compute_fingerprint, make_identity
@@ -127,8 +127,7 @@ def prepare_cache(config: CacheConfig, console: Console, live: LiveObjects = NOT
         CacheMismatchError: The folder holds a cache of another identity.
         CacheError: Weights or files of the folder cannot be used, or the ranks see other files.
     """
-    if config.codec not in CODECS:
-        raise unknown_name_error("codec", config.codec, CODECS)
+    check_codec(config.codec)
     if config.normalize:
         parse_normalize(config.normalize, can_be_rows(config.data))
     requested_taps = _list_taps(config)
@@ -190,6 +189,7 @@ def _prepare_plan(
     ranks.check_equal("identity of the cache", compute_fingerprint(identity))
 
     generator = TargetGenerator(transfer_set, views, choice.inference, config)
+    _check_classes(config.codec, generator.classes)
     if transfer_set.task == EMBEDDING:
         origin = f"the input of layer '{teacher.features}'" if teacher.features else "as the teacher outputs them"
         console.print(f"embedding: {generator.classes:,} numbers, {origin}")
@@ -215,8 +215,8 @@ def check_task(config: CacheConfig, transfer_set: TransferSet) -> CacheConfig:
     task = transfer_set.task
     if task == NUMBERS and config.codec == CacheConfig.codec:
         config = replace(config, codec="float32")
-    if task not in CODECS[config.codec].tasks:
-        names = ", ".join(name for name, codec in CODECS.items() if task in codec.tasks)
+    if task not in find_codec(config.codec).tasks:
+        names = ", ".join(list_codecs(task))
         raise UsageError(f"--codec {config.codec} is not for the task {task}, which has {names}")
     if config.axes and task != EMBEDDING:
         raise UsageError(f"--axes is for the task {EMBEDDING}, and the task here is {task}: leave it out")
@@ -227,6 +227,31 @@ def check_task(config: CacheConfig, transfer_set: TransferSet) -> CacheConfig:
         if is_set:
             require_classes(task, option)
     return config
+
+
+def check_codec(name: str) -> None:
+    """Check that there is a codec of this name.
+
+    Raises:
+        UsageError: There is none, with those that there are.
+    """
+    try:
+        find_codec(name)
+    except KeyError:
+        for example in SPARSE_EXAMPLES:
+            if name.partition(":")[0] == (kind := example.partition(":")[0]):
+                most = f"1 to {MAX_NUMBER:,}"
+                raise UsageError(f"codec '{name}' is not {kind} with a number of {most}, such as {example}") from None
+        known = list(dict.fromkeys(codec for task in TASKS for codec in list_codecs(task)))
+        raise unknown_name_error("codec", name, known) from None
+
+
+def _check_classes(codec: str, classes: int) -> None:
+    """Raise UsageError for a codec that is for more classes than there are."""
+    if classes < (least := find_codec(codec).min_classes):
+        raise UsageError(
+            f"--codec {codec} is for {least} classes or more, and there are {classes}: float16 stores all of them"
+        )
 
 
 def _list_taps(config: CacheConfig) -> tuple[str, ...]:

@@ -11,10 +11,10 @@ from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.threads import take_first
-from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, HardTargets
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views.policy import ViewPolicy
-from softcache.pipeline.cache.codecs import CODECS, Codec, measure_fidelity
+from softcache.pipeline.cache.codec_choice import find_codec
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.cache.shards import Arrays
@@ -25,6 +25,7 @@ from softcache.pipeline.models.other_frameworks.file_network import StoredTarget
 from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.stages.cli.configs import CacheConfig
 
+from .encoding import ShardEncoder, make_row_keys
 from .inference import PROBABILITIES, TeacherInference, TeacherOutputs
 
 _MAX_FLOAT16 = 65504.0
@@ -99,9 +100,10 @@ class TargetGenerator:
         """
         split = self.transfer_set.splits[spec.split]
         index = self._get_order(spec.split)[spec.start : spec.start + spec.rows].astype(np.int64)
-        codec = CODECS[self.config.codec]
+        codec, labels, task = find_codec(self.config.codec), split.labels[index], self.transfer_set.task
         crcs = np.empty(spec.rows, np.uint32)
-        logits = np.empty((spec.rows, self.classes), np.float32)
+        keys = make_row_keys(self.config.seed, spec.split, spec.draw, index)
+        encoder = ShardEncoder(codec, self.classes, self.config.batch_size, keys, labels, task)
         features = {
             tap: np.empty((spec.rows, *shape), np.float16)
             for tap, shape in self.shapes.items()
@@ -115,7 +117,8 @@ class TargetGenerator:
                 has_probabilities = self.inference.outputs == PROBABILITIES
                 if has_probabilities and self.inference.task == LABELS:
                     _check_log_odds(batch_logits, spec=spec, index=index[rows])
-                _store_batch(batch_logits, logits[rows], codec.max_value, spec=spec, index=index[rows], name="output")
+                logits = encoder.next_rows(len(batch_crcs))
+                _store_batch(batch_logits, logits, codec.max_value, spec=spec, index=index[rows], name="output")
                 for tap, values in features.items():
                     _store_batch(
                         batch_features[tap],
@@ -130,7 +133,6 @@ class TargetGenerator:
                     _check_probabilities(batch_logits, spec=spec, index=index[rows], is_part=is_part)
                 on_progress(len(batch_crcs))
                 start += len(batch_crcs)
-        labels = split.labels[index]
         arrays: Arrays = {
             **{f"features/{tap}": values for tap, values in features.items()},
             "index": index.astype("<u4"),
@@ -139,7 +141,7 @@ class TargetGenerator:
         }
         if "logits" not in spec.datasets:
             return arrays, {}
-        encoded, measurements = encode_targets(codec, logits, labels, self.transfer_set.task)
+        encoded, measurements = encoder.finish()
         return {**encoded, **arrays}, measurements
 
     def _get_order(self, split: str) -> NDArray[np.uint32]:
@@ -193,27 +195,6 @@ class TargetGenerator:
                     shape = list(outputs[0].shape)
                     raise UsageError(f"the teacher outputs {shape} for {len(views)} views, not logits [B, K]")
                 yield crcs, *_copy_to_cpu(outputs)
-
-
-def encode_targets(
-    codec: Codec, logits: NDArray[np.float32], labels: HardTargets, task: str
-) -> tuple[Arrays, dict[str, float]]:
-    """Encode the logits of a shard, and measure what that costs.
-
-    Args:
-        codec: Of the cache.
-        logits: float32 [n, K].
-        labels: Hard targets of the rows.
-        task: See data/tasks.py.
-
-    Returns:
-        {dataset: rows}; and the sums of `measure_fidelity`, of the task "classes" with `correct`, the rows whose label
-        is the top-1 class.
-    """
-    encoded = codec.encode(logits)
-    decoded = codec.decode(encoded)
-    correct = {"correct": int((decoded.argmax(1) == labels).sum())} if task == CLASSES else {}
-    return encoded, {**correct, **measure_fidelity(logits, decoded, task)}
 
 
 def make_teacher_views(views: ViewPolicy, input_spec: InputSpec, teacher_size: int) -> ViewPolicy:

@@ -22,12 +22,18 @@ def make_logits(n: int, K: int, seed: int = 0, scale: float = 3.0) -> Floats:
     return z.astype(np.float32)
 
 
+def make_keys(n: int) -> NDArray[np.uint64]:
+    """Make the keys of rows, on which a codec that stores all logits does not depend."""
+    return np.arange(n, dtype=np.uint64)
+
+
 def encode_and_decode(codec: str, logits: Floats) -> Floats:
     """Encode logits to bytes and decode them."""
     stored = {
-        name: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape) for name, x in CODECS[codec].encode(logits).items()
+        name: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape)
+        for name, x in CODECS[codec].encode(logits, make_keys(len(logits))).items()
     }
-    decoded = CODECS[codec].decode(stored)
+    decoded = CODECS[codec].decode(stored, logits.shape[1])
     assert decoded.dtype == np.float32
     assert decoded.shape == logits.shape
     return decoded
@@ -37,7 +43,9 @@ def test_float16_is_decoded_to_the_float32_that_numpy_converts_it_to() -> None:
     """Every float16 there is, in arrays of two chunks and of other layouts."""
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     for stored in (halves.reshape(2, -1), halves.reshape(-1, 256).T, halves[:0].reshape(0, 10)):
-        np.testing.assert_array_equal(CODECS["float16"].decode({"logits": stored}), stored.astype(np.float32))
+        np.testing.assert_array_equal(
+            CODECS["float16"].decode({"logits": stored}, stored.shape[1]), stored.astype(np.float32)
+        )
 
 
 # What is stored
@@ -46,7 +54,7 @@ def test_float16_is_decoded_to_the_float32_that_numpy_converts_it_to() -> None:
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("K", [2, 10, 1000])
 def test_encoded_arrays_have_the_shapes_and_dtypes_that_the_codec_lists(codec: str, K: int) -> None:
-    encoded = CODECS[codec].encode(make_logits(5, K))
+    encoded = CODECS[codec].encode(make_logits(5, K), make_keys(5))
     datasets = CODECS[codec].datasets(K)
     assert {name: (x.shape[1:], x.dtype.str) for name, x in encoded.items()} == datasets
     assert all(len(x) == 5 for x in encoded.values())
@@ -55,7 +63,7 @@ def test_encoded_arrays_have_the_shapes_and_dtypes_that_the_codec_lists(codec: s
 
 @pytest.mark.parametrize(("codec", "bytes_per_row"), [("float16", 2 * 100), ("float32", 4 * 100), ("sqrt8", 100 + 4)])
 def test_the_bytes_of_a_row_of_100_classes(codec: str, bytes_per_row: int) -> None:
-    assert sum(x.nbytes for x in CODECS[codec].encode(make_logits(7, 100)).values()) == 7 * bytes_per_row
+    assert sum(x.nbytes for x in CODECS[codec].encode(make_logits(7, 100), make_keys(7)).values()) == 7 * bytes_per_row
 
 
 @pytest.mark.parametrize("codec", CODECS)

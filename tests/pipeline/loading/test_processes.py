@@ -57,7 +57,7 @@ def opened_and_used(folder: Path) -> CacheReader:
 def wrong_rows(cache: CacheReader, truth: Truth, draw: int, positions: np.ndarray, from_disk: bool = False) -> int:
     """How many of these rows are not those of the shards."""
     if from_disk:
-        logits = cache.codec.decode({"logits": cache.read_rows("train", draw, "logits", positions)})
+        logits = cache.codec.decode({"logits": cache.read_rows("train", draw, "logits", positions)}, cache.classes)
         features = cache.read_rows("train", draw, f"features/{TAP}", positions)
     else:
         found, taps = cache.read_targets("train", draw, positions, (TAP,))

@@ -269,6 +269,7 @@ class _Source:
     """Views that are a student's input as they are."""
 
     fingerprint = ""
+    codec = ("float16", "dense")
     task = LABELS
 
     def prepare_input(self, views: torch.Tensor) -> torch.Tensor:
