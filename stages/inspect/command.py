@@ -17,6 +17,7 @@ from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.base.packages import require_extra
 from softcache.base.text import escape_csv_cell
 from softcache.data.tasks import CLASSES
+from softcache.pipeline.cache.codecs import DENSE
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.rows import Positions
 from softcache.pipeline.metrics.soft_targets import (
@@ -83,6 +84,11 @@ def run(name: str, config: InspectConfig) -> None:
     publish_json(folder / "inspect.json", record)
     if config.json:
         return console.print_json(json.dumps(record))
+    if cache.codec.kind != DENSE:
+        console.print(
+            f"the cache has the codec {cache.codec_name}: what follows is of the targets as they are stored, not of"
+            " all the teacher's logits"
+        )
     print_findings(record, console)
     console.print(f"files: {folder}/inspect.json, {', '.join(files)} ({format_duration(record['seconds'])})")
     if record["best"]:

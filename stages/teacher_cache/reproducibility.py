@@ -5,10 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import softmax
 
 from softcache.base.errors import CacheError
 from softcache.data.transfer_set import TransferSet
+from softcache.pipeline.cache.codecs import DENSE
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.copied_commands import read_cache_config
@@ -20,6 +23,7 @@ from softcache.stages.teacher_cache.teachers.file_teachers import (
     select_teacher_device,
 )
 
+from .encoding import make_row_keys
 from .inference import LOGITS, restore_inference
 from .targets import TargetGenerator
 
@@ -35,10 +39,12 @@ class ReproducibilityReport:
 
     Attributes:
         rows: Rows that were compared.
-        absolute: Largest difference of a logit.
-        relative: Largest difference of a logit, as a share of the range of its row.
+        absolute: Largest difference of a logit; with a sparse codec, of a probability at temperature 1.
+        relative: Largest difference of a logit, as a share of the range of its row; with a sparse codec, the total
+            variation distance of the rows' distributions, the mean over the rows of a shard.
         features: {tap: largest difference, as a share of the largest value}.
         tolerance: Share up to which outputs count as equal.
+        is_sparse: Whether the codec is a sparse one.
     """
 
     rows: int
@@ -46,6 +52,7 @@ class ReproducibilityReport:
     relative: float
     features: dict[str, float]
     tolerance: float
+    is_sparse: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -60,6 +67,11 @@ class ReproducibilityReport:
     def describe(self) -> str:
         """Describe the report in one line."""
         taps = "".join(f", {tap} by {share:.2%} of the largest value" for tap, share in self.features.items())
+        if self.is_sparse:
+            return (
+                f"the teacher was run again on {self.rows} rows: probabilities differ by {self.absolute:.3g} at most,"
+                f" {self.relative:.3%} of a row's sum{taps}"
+            )
         return (
             f"the teacher was run again on {self.rows} rows: logits differ by {self.absolute:.3g} at most,"
             f" {self.relative:.3%} of their row's range{taps}"
@@ -71,7 +83,7 @@ class ReproducibilityReport:
         Raises:
             CacheError: They are not, or they are NaN.
         """
-        for name, share in {"logits": self.relative, **self.features}.items():
+        for name, share in {"probabilities" if self.is_sparse else "logits": self.relative, **self.features}.items():
             if not share <= self.tolerance:
                 raise CacheError(
                     f"the teacher's outputs have changed: {name} differ by {share:.2%},"
@@ -145,15 +157,23 @@ def check_reproducibility(
         stored_logits, stored_features = cache.read_stored(record.split, record.draw, positions, taps)
         index = cache.index_at(record.split, positions)
         new_logits, new_features = generator.compute_rows(record.split, record.draw, index)
-        difference = np.abs(stored_logits.numpy() - new_logits).max(1)
-        absolute = _max_with_nan(absolute, difference)
-        relative = _max_with_nan(relative, difference / np.maximum(np.ptp(new_logits, 1), 1e-3))
+        if cache.codec.kind == DENSE:
+            difference = np.abs(stored_logits.numpy() - new_logits).max(1)
+            absolute = _max_with_nan(absolute, difference)
+            relative = _max_with_nan(relative, difference / np.maximum(np.ptp(new_logits, 1), 1e-3))
+        else:
+            keys = make_row_keys(cache.seed, record.split, record.draw, index)
+            again = cache.codec.decode(cache.codec.encode(new_logits, keys), cache.classes)
+            distance = torch.abs(softmax(stored_logits, 1) - softmax(torch.from_numpy(again), 1))
+            absolute = _max_with_nan(absolute, distance.amax(1).numpy())
+            relative = _max_with_nan(relative, distance.sum(1).mean(0, keepdim=True).numpy() / 2)
         for tap in taps:
             largest = max(float(np.abs(new_features[tap]).max()), 1e-3)
             difference = np.abs(stored_features[tap].numpy() - new_features[tap])
             features[tap] = _max_with_nan(features[tap], difference / largest)
         rows += count
-    return ReproducibilityReport(rows, absolute, relative, features, _TOLERANCE[manifest.identity["precision"]])
+    tolerance = _TOLERANCE[manifest.identity["precision"]]
+    return ReproducibilityReport(rows, absolute, relative, features, tolerance, cache.codec.kind != DENSE)
 
 
 def _max_with_nan(largest: float, values: NDArray[np.floating]) -> float:
