@@ -21,6 +21,7 @@ from softcache.stages.cli.configs import (
     InspectConfig,
     ListConfig,
     MethodsConfig,
+    PlanConfig,
     PredictConfig,
     ReportConfig,
     StudentsConfig,
@@ -39,7 +40,15 @@ class Commands(SectionedGroup):
     """The commands, by what they are for."""
 
     sections: ClassVar[dict[str, tuple[str, ...]]] = {
-        "Make a cache": ("teacher", "teacher-cache", "head-cache", "check-cache", "cache-pack", "cache-unpack"),
+        "Make a cache": (
+            "plan",
+            "teacher",
+            "teacher-cache",
+            "head-cache",
+            "check-cache",
+            "cache-pack",
+            "cache-unpack",
+        ),
         "Train students": ("student", "born-again", "tune", "methods"),
         "Choose what to train": ("losses", "recipes", "blend", "inspect"),
         "Measure and use students": ("evaluate", "compare", "report", "export", "predict"),
@@ -52,6 +61,16 @@ class Commands(SectionedGroup):
 def commands(context: click.Context, /) -> None:
     """Offline knowledge distillation: run a teacher once, cache its outputs, train any number of students."""
     check_command(context.invoked_subcommand)
+
+
+@commands.command("plan")
+@add_options(PlanConfig)
+@click.pass_context
+def plan(context: click.Context, /, **_: Any) -> None:
+    """Say what a cache will take, before anything is written. Bytes, hours, memory, and what fits a budget."""
+    from .plan import command as stage
+
+    stage.run(read_options(context, PlanConfig)[0])
 
 
 @commands.command("teacher")

@@ -29,7 +29,7 @@ LEVELS = (
     ("stages.training", "stages.compare", "stages.inspect"),
     ("stages.teacher",),
     ("stages.teacher_cache",),
-    ("stages.check_cache", "stages.head_cache", "stages.student"),
+    ("stages.check_cache", "stages.head_cache", "stages.plan", "stages.student"),
     ("stages.export", "stages.report", "stages.tune"),
     ("stages.api",),
     ("stages.main",),

@@ -28,6 +28,7 @@ ROW_KEYS = ("index", "label", "view_crc32")  # datasets of every shard
 MAX_DRAWS = 100_000
 MAX_SHARD_BYTES = 4 << 30  # bytes of a shard; at 12 GB/s its checksum takes a third of a second
 MAX_MANIFEST_BYTES = 16 << 20  # bytes of a manifest: some 40,000 shards; JSON takes up to 20 times as much memory
+MAX_SHARDS = MAX_MANIFEST_BYTES // 400  # that a writer lists: a record has some 340 bytes
 MAX_ROWS = 2**32 - 1  # index is uint32
 
 Datasets = dict[str, tuple[tuple[int, ...], str]]  # {name: (row shape, dtype)}

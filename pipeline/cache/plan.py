@@ -69,18 +69,24 @@ class CachePlan:
                 missing = {name: kind for name, kind in datasets.items() if name not in present_names}
                 if set(missing) == set(ROW_KEYS):
                     continue
-                shards = -(-rows // self._choose_shard_rows(count_row_bytes(missing)))
+                shards = -(-rows // choose_shard_rows(count_row_bytes(missing), self.shard_rows))
                 bounds = np.linspace(0, rows, shards + 1).astype(int).tolist()
                 for number, (start, stop) in enumerate(pairwise(bounds)):
                     path = make_shard_path(split, draw, number, len(present_parts))
                     specs.append(ShardSpec(path, split, draw, start, stop - start, missing))
         return specs
 
-    def _choose_shard_rows(self, row_bytes: int) -> int:
-        """Choose the most rows of a shard, so that it is no larger than a manifest may list."""
-        rows = self.shard_rows or min(_SHARD_ROWS, _SHARD_BYTES // row_bytes)
-        return max(1, min(rows, (MAX_SHARD_BYTES - (1 << 20)) // row_bytes))
-
     def extend(self, draws: int, taps: dict[str, list[int]]) -> "CachePlan":
         """Return the plan of this and of the draws and taps that the cache has already: it grows, it never shrinks."""
         return replace(self, draws=max(self.draws, draws), taps={**taps, **self.taps})
+
+
+def choose_shard_rows(row_bytes: int, shard_rows: int = 0) -> int:
+    """Choose the most rows of a shard, so that it is no larger than a manifest may list.
+
+    Args:
+        row_bytes: Bytes of a row.
+        shard_rows: What the user asks for; 0 for as many as fill 128 MiB, 65,536 at most.
+    """
+    rows = shard_rows or min(_SHARD_ROWS, _SHARD_BYTES // row_bytes)
+    return max(1, min(rows, (MAX_SHARD_BYTES - (1 << 20)) // row_bytes))

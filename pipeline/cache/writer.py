@@ -41,7 +41,7 @@ from .existing import (
 from .folder import HEAD_FILE, IN_PROGRESS_FILE, list_foreign_files, remove_stale_shard_files
 from .identity import Identity, compute_fingerprint, format_differences
 from .manifest import (
-    MAX_MANIFEST_BYTES,
+    MAX_SHARDS,
     HeadRecord,
     Manifest,
     ShardRecord,
@@ -56,7 +56,6 @@ from .plan import CachePlan
 from .recovery import measure_extent, recover_specs
 from .shards import Arrays, Shard, ShardDigest, read_header, write_shard
 
-_RECORD_BYTES = 400  # of a shard in the manifest, about
 Measurements = dict[str, Any]  # what was measured while a shard was written, see `CacheWriter.write_shard`
 
 
@@ -133,7 +132,7 @@ class CacheWriter:
         if link := next((path for path in folders if path.is_symlink()), None):
             raise CacheError(f"'{link}' is a link that may lead out of the cache: remove it")
         records = len(self.missing) + (len(self.previous.shards) if self.previous else 0)
-        if records * _RECORD_BYTES > MAX_MANIFEST_BYTES:
+        if records > MAX_SHARDS:
             raise CacheError(f"{records} shards are more than a manifest can list: make them larger with --shard-rows")
         remove_stale_shard_files(self.folder, [spec.path for spec in self.missing])
         interrupted = self._mark_in_progress(notes or {})

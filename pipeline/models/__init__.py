@@ -46,7 +46,8 @@ from softcache.pipeline.models.other_frameworks.file_network import (
     find_file_teacher,
     parse_file_teacher,
 )
-from softcache.pipeline.taps.hooks import list_layers
+from softcache.pipeline.taps.hooks import capture_features, list_layers
+from softcache.pipeline.taps.statistics import compute_statistic, parse_tap
 
 from .custom_networks import build_custom, check_factory, is_live_arch, make_ready, prepare_live_network
 from .outputs import LogitsSelector
@@ -193,6 +194,37 @@ def check_arch(arch: str) -> None:
     else:
         with _without_values():
             build(arch, 10, 3, 224)
+
+
+def compute_shapes(
+    arch: str, classes: int, shape: tuple[int, ...], taps: tuple[str, ...]
+) -> tuple[dict[str, list[int]], int]:
+    """Compute what a network outputs for a row of a shape, without its weights and without memory.
+
+    Args:
+        arch: A name of MODELS, with its argument.
+        classes: K, the number of classes.
+        shape: Of the input, [C, S, S] of images.
+        taps: Layers, or statistics of them, see pipeline/taps.
+
+    Returns:
+        {tap: row shape}, and the width of the input of the last linear layer; 0 where there is none.
+
+    Raises:
+        UsageError: There is no such arch or layer, or it cannot take such input.
+    """
+    check_arch(arch)
+    with _without_values():
+        network = build(arch, classes, shape[0], shape[-1], shape=shape).eval()
+        head = find_head(network, classes)
+        layers = tuple(dict.fromkeys(parse_tap(tap)[0] for tap in taps))
+        with torch.no_grad(), capture_features(network, layers) as maps:
+            network(torch.zeros(2, *shape))
+        shapes = {}
+        for tap, (layer, statistic) in {tap: parse_tap(tap) for tap in taps}.items():
+            features = maps[layer] if statistic == "map" else compute_statistic(maps[layer], statistic, layer)
+            shapes[tap] = list(features.shape[1:])
+    return shapes, head.in_features if head else 0
 
 
 def list_arch_layers(arch: str) -> list[str]:

@@ -55,8 +55,8 @@ class TeacherConfig(
 
 
 @dataclass(frozen=True)
-class CacheConfig(DataOptions, FolderOptions, SplitOptions, MachineOptions, PrecisionOptions, OutputOptions):
-    """`softcache teacher-cache`: run the teacher once and write its outputs."""
+class StageOneOptions(DataOptions, FolderOptions, SplitOptions, MachineOptions, PrecisionOptions, OutputOptions):
+    """What a cache holds, and how its teacher is run."""
 
     heading: ClassVar[str] = "Cache"
     precision: str = option(
@@ -118,8 +118,38 @@ class CacheConfig(DataOptions, FolderOptions, SplitOptions, MachineOptions, Prec
     batch_size: int = option(256, "Views in a batch of the teacher.", least=1)
     shard_rows: int = option(0, "Rows of a shard; 0: as many as make 128 MB, at most 65,536.", least=0)
     seed: int = option(0, "Seed of the views and of the split.", least=0, most=2**31)
+
+
+@dataclass(frozen=True)
+class CacheConfig(StageOneOptions):
+    """`softcache teacher-cache`: run the teacher once and write its outputs."""
+
+    heading: ClassVar[str] = "Cache"
     license: str = option("", "Licence under which the cache may be used, for its README.md.")
     out: str = option("", "Folder of the cache; caches/DATA when not given.")
+
+
+@dataclass(frozen=True)
+class PlanConfig(StageOneOptions):
+    """`softcache plan`: what a cache of these options will take."""
+
+    heading: ClassVar[str] = "Plan"
+    rows: str = option("", "Training images, with those for validation, such as 14e6; those of --data when not given.")
+    classes: str = option(
+        "",
+        "Number of classes, such as 21841, or their order, as for teacher-cache; when not given, those of --data.",
+    )
+    rate: float = option(
+        0.0,
+        "Views a second of the teacher, where that is known: no teacher is built then. With --rows and a number of"
+        " --classes the data are not opened either.",
+        least=1e-6,
+    )
+    ranks: int = option(1, "Processes that share stage one, each as fast as this machine.", least=1, most=100_000)
+    epochs: int = option(100, "Epochs of a student.", least=1)
+    students: int = option(1, "Students that are trained from the cache.", least=1)
+    student_rate: float = option(1000.0, "Views a second of a student.", least=1e-6)
+    budget: str = option("", "Most bytes of the cache, such as 500GB or 2TiB: which codec, draws and taps fit.")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ def option(default: Any, text: str, **more: Any) -> Any:
 
 # The order of the headings in --help.
 HEADINGS = (
+    "Plan",
     "Search",
     "Chain",
     "Methods",
