@@ -62,6 +62,12 @@ def at_least(
     return Row(name, goal, at_least=True, measure=measure, description=description, miss_reason=reason)
 
 
+def augmented(name: str, views: str) -> Row:
+    """Return a row about the epochs of a student of augmented views."""
+    description = f"epoch from the cache / from hard targets, `resnet8`, `--views {views}`"
+    return at_most(name, 1.02, description, partial(student.compare_cached_with_hard, arch="resnet8", views=views))
+
+
 STEP_DOMINATES = "nearly all of our time is the step of resnet8 itself, see hard-over-bare-resnet8"
 
 # Each row: name, goal, description; then the function that measures it, and the known reason of a miss.
@@ -71,6 +77,11 @@ ROWS: tuple[Row, ...] = (
             lambda options: student.compare_cached_with_hard(options, "resnet8")),
     at_most("cached-cnn", 1.02, "epoch from the cache / epoch from hard targets",
             lambda options: student.compare_cached_with_hard(options, "cnn")),
+    augmented("cached-cutmix", "crop-flip:cutmix=1"),
+    augmented("cached-randaugment", "crop-flip:randaugment=2x9"),
+    augmented("cached-jitter", "crop-flip:jitter=0.4,hue=0.1,gray=0.2"),
+    augmented("cached-erasing", "crop-flip:erasing=0.25"),
+    augmented("cached-multi-crop", "multi-crop:global=1,local=1"),
     at_most("read-8kB-resnet8", 1.10, "epoch that also reads 8 kB of features a row / epoch from hard targets",
             lambda options: student.compare_cached_with_hard(options, "resnet8", "read")),
     at_most("hint-8kB-resnet8", 1.10, "epoch with a hint loss on 8 kB of features a row / epoch from hard targets",

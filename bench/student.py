@@ -150,11 +150,11 @@ def make_teacher_contender(run: TrainingRun, teacher: PreparedModel, steps: int)
     return take_turn
 
 
-def write_cifar_cache(options: BenchOptions, with_features: bool = False) -> tuple[str, Path]:
+def write_cifar_cache(options: BenchOptions, with_features: bool = False, views: str = "") -> tuple[str, Path]:
     """Make images like CIFAR-10's and a cache of two draws; return the data set's name and the cache's folder."""
     data = fixtures.add_data_set(options.scale(6400, 300))
-    folder = options.folder / ("cifar-8kB" if with_features else "cifar")
-    return data, fixtures.write_random_cache(folder, data, draws=2, taps=FEATURE if with_features else None)
+    folder = options.folder / ("cifar-8kB" if with_features else f"cifar-{views}")
+    return data, fixtures.write_random_cache(folder, data, views, draws=2, taps=FEATURE if with_features else None)
 
 
 def write_mnist_cache(options: BenchOptions) -> tuple[str, Path]:
@@ -164,19 +164,20 @@ def write_mnist_cache(options: BenchOptions) -> tuple[str, Path]:
 
 
 def compare_cached_with_hard(
-    options: BenchOptions, arch: str, features: str = "", steps: int = 8, rounds: int = 15
+    options: BenchOptions, arch: str, features: str = "", views: str = "", steps: int = 8, rounds: int = 15
 ) -> Measurement:
-    """Time of an epoch from the cache / from hard targets alone.
+    """Time of an epoch from the cache / from hard targets alone, both with the same views.
 
     Args:
         options: of the benchmark.
         arch: of the student; an mlp gets images like MNIST's, others like CIFAR-10's.
         features: `read`: 8 kB of features a row are read, too; `hint`: a loss term uses them, too.
+        views: of the images like CIFAR-10's; by default those of CIFAR-10.
         steps: of a turn.
         rounds: of the comparison.
     """
     is_mnist = arch.startswith("mlp")
-    data, cache = write_mnist_cache(options) if is_mnist else write_cifar_cache(options, bool(features))
+    data, cache = write_mnist_cache(options) if is_mnist else write_cifar_cache(options, bool(features), views)
     # The losses that are the defaults of MNIST and of CIFAR-10.
     losses = ("kd:temperature=20",) if is_mnist else ("kd:temperature=4,weight=0.9", "hard:weight=0.1")
     if features == "hint":
