@@ -2,8 +2,8 @@
 
 Everything is computed in integers, or by single additions, products and quotients of float32, each of which IEEE 754
 rounds correctly: the same pixels on every machine. In all functions, pixels are uint8 [B, C, H, W] with one channel or
-three, factors float64 [B], and the result is a new array. A pixel may be one level apart from
-torchvision's where the exact result of a blend is a whole number, because torch may fuse two operations.
+three, factors float64 [B], and the result is a new array. A pixel may be one level apart from torchvision's where the
+exact result is a whole number, or nearly, because torch may fuse two operations.
 
 Source: torchvision.transforms.v2.functional; Cubuk et al. 2020, "RandAugment", for their use.
 """
@@ -30,9 +30,8 @@ def adjust_brightness(pixels: Pixels, factors: Factors) -> Pixels:
 
 def adjust_contrast(pixels: Pixels, factors: Factors) -> Pixels:
     """A blend with the mean luma of the image."""
-    gray = convert_to_gray(pixels)
-    sums = gray.sum((1, 2, 3), dtype=np.int64)
-    return _blend(pixels, _to_float32(sums / gray[0].size if len(gray) else sums), factors)
+    sums = convert_to_gray(pixels).sum((1, 2, 3), dtype=np.int64)
+    return _blend(pixels, _to_float32(sums / (pixels.shape[2] * pixels.shape[3])), factors)
 
 
 def adjust_saturation(pixels: Pixels, factors: Factors) -> Pixels:

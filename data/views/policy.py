@@ -136,8 +136,8 @@ class ViewPolicy:
                     " resized-crop-flip"
                 )
             scale = size // self.size
-        resize = round(self.resize * size / self.size)
-        return replace(self, size=size, resize=resize, scale=scale, drawn_size=self.size, interpolation=interpolation)
+        resize, drawn_size = round(self.resize * size / self.size), self.size if size != self.size else 0
+        return replace(self, size=size, resize=resize, scale=scale, drawn_size=drawn_size, interpolation=interpolation)
 
 
 VIEW_POLICIES: dict[str, ViewPolicy] = {

@@ -85,11 +85,12 @@ def test_the_luma_of_all_colours_is_within_one_level_of_torchvision() -> None:
     assert wrong < 52 * 65_536 * 2e-4
 
 
-def test_factors_have_the_distribution_of_torchvision() -> None:
+@pytest.mark.parametrize("count", [N // 5, pytest.param(N, marks=pytest.mark.slow)])
+def test_factors_have_the_distribution_of_torchvision(count: int) -> None:
     transform = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        drawn = [transform.make_params([]) for _ in range(N // 5)]
+        drawn = [transform.make_params([]) for _ in range(count)]
     ours = draw_factors(0.4, 0.1, 0, np.arange(N), 0)
     for values, name in zip(ours, ("brightness", "contrast", "saturation", "hue"), strict=True):
         low, width = (-0.1, 0.2) if name == "hue" else (0.6, 0.8)
@@ -123,14 +124,15 @@ def test_a_jittered_view_is_what_torchvision_makes_of_it_with_the_same_factors(s
         assert difference.max() <= 6
 
 
-def test_view_means_have_the_distribution_of_torchvision() -> None:
-    pixels = make_pixels(3, n=5, size=8)[np.full(6000, 4)]
+@pytest.mark.parametrize("count", [2000, pytest.param(N, marks=pytest.mark.slow)])
+def test_view_means_have_the_distribution_of_torchvision(count: int) -> None:
+    pixels = make_pixels(3, n=5, size=8)[np.full(2 * count, 4)]
     made = pixels.copy()
-    jitter(made, 0.5, 0.2, seed=1, index=np.arange(6000), draw=0)
+    jitter(made, 0.5, 0.2, seed=1, index=np.arange(2 * count), draw=0)
     transform = v2.ColorJitter(0.5, 0.5, 0.5, 0.2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
-        theirs = np.stack([transform(torch.from_numpy(image)).numpy() for image in pixels[:3000]])
+        theirs = np.stack([transform(torch.from_numpy(image)).numpy() for image in pixels[:count]])
     for channel in range(3):
         assert ks_2samp(made[:, channel].mean((1, 2)), theirs[:, channel].mean((1, 2))).pvalue > 0.01
         assert ks_2samp(made[:, channel].std((1, 2)), theirs[:, channel].std((1, 2))).pvalue > 0.01

@@ -66,6 +66,7 @@ def test_a_policy_is_read_from_what_an_identity_records(spec: str) -> None:
     policy = parse_views(spec)
     assert read_views({"policy": policy.name, **policy.parameters(), "seed": 3}) == policy
     assert policy.without_augmentation() == parse_views("none")
+    assert parse_views(f"{spec},size=8" if ":" in spec else f"{spec}:size=8").at_size(8).drawn_size == 0
 
 
 def test_what_is_not_used_is_not_recorded() -> None:
