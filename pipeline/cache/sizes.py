@@ -19,6 +19,7 @@ _README_BYTES = 1_400
 _MANIFEST_BYTES = 2_100  # without classes and shards
 _CLASS_BYTES, _NAME_BYTES = 8, 8  # of a class in the manifest beside its name, and of a name that is not known
 _CODEC_BYTES = 12  # of a logit, most that encoding or decoding a shard takes beside float32 logits and the result
+_BLOCK_NUMBERS = 1 << 26  # logits that stage one keeps in float32, see stages/teacher_cache/encoding.py
 _RECORD_MEMORY = 1_500  # bytes of an open manifest for each shard
 _WINDOW_ROWS = 4096  # of rows on disk that are read at once
 
@@ -140,14 +141,15 @@ def find_shard_rows(datasets: Datasets, splits: dict[str, int], draws: int) -> i
 def estimate_writer_memory(size: CacheSize, classes: int) -> int:
     """Compute the most bytes that stage one holds beside PyTorch, data and teacher.
 
-    Of the shard that is computed, logits in float32, what the codec makes of them and its working memory; of the one
-    before, its rows, the file that HDF5 builds in memory and the copy of it that is written.
+    Of the shard that is computed, logits in float32 of up to 256 MB, what the codec makes of them and its working
+    memory; of the one before, its rows, the file that HDF5 builds in memory and the copy of it that is written.
 
     Args:
         size: Of the cache.
         classes: K.
     """
-    return size.shard_rows * ((4 + _CODEC_BYTES) * classes + 4 * size.row_bytes)
+    computed_rows = min(size.shard_rows, max(1, _BLOCK_NUMBERS // classes))
+    return computed_rows * (4 + _CODEC_BYTES) * classes + 4 * size.shard_rows * size.row_bytes
 
 
 def estimate_reader_memory(size: CacheSize, datasets: Datasets, rows: int, classes: int) -> int:

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+from softcache.pipeline.cache.codec_choice import find_codec
 from softcache.pipeline.cache.codecs import CODECS
 from softcache.pipeline.cache.manifest import count_row_bytes
 from softcache.pipeline.cache.sizes import CacheSize, measure_size
 
 from .subject import Subject
+
+_SPARSE = ("top:100", "top:20")  # for many classes; a sample is for one temperature alone
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def find_smallest(subject: Subject) -> Choice:
 def list_codecs(subject: Subject) -> list[str]:
     """List the codec that was asked for and those that take fewer bytes, the finest first."""
     requested = subject.config.codec
-    names = dict.fromkeys([requested, *(name for name, codec in CODECS.items() if subject.task in codec.tasks)])
+    others = [name for name in (*CODECS, *_SPARSE) if subject.task in find_codec(name).tasks]
+    names = dict.fromkeys([requested, *(name for name in others if subject.classes >= find_codec(name).min_classes)])
     sizes = {name: count_row_bytes(subject.list_datasets(name, {})) for name in names}
     smaller = [name for name in names if sizes[name] < sizes[requested]]
     return [requested, *sorted(smaller, key=lambda name: -sizes[name])]

@@ -15,8 +15,8 @@ _SECONDS = 3.0  # a first turn that takes longer is the only one; else others fo
 def measure_rate(generator: TargetGenerator, datasets: Datasets) -> tuple[float, int]:
     """Compute the first rows of a shard as stage one does it: views are rendered, the teacher is run, logits encoded.
 
-    A quick teacher is timed on more views: the first batch of a shard is rendered before the teacher begins, and of two
-    batches that would count as a quarter of the time.
+    A quick teacher is timed on more views: the first batch of a shard is rendered before the teacher begins, and of
+    two batches that would count as a quarter of the time.
 
     Args:
         generator: Data, views and teacher.

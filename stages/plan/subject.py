@@ -8,7 +8,6 @@ from softcache.data.sources import short_name
 from softcache.data.tasks import CLASSES, EMBEDDING, NUMBERS
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views.policy import parse_views
-from softcache.pipeline.cache.codecs import CODECS
 from softcache.pipeline.cache.manifest import Datasets, list_datasets
 from softcache.pipeline.cache.shards import Layout
 from softcache.pipeline.models import build, compute_shapes, is_custom_arch, list_arch_layers
@@ -19,7 +18,14 @@ from softcache.stages.cli.configs import CacheConfig, PlanConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.teacher.data import FOLDER_SIZE, fill_size, find_view_configuration, load_data
-from softcache.stages.teacher_cache.preparation import LiveObjects, fill_defaults, prepare_cache
+from softcache.stages.teacher_cache.preparation import (
+    LiveObjects,
+    check_codec,
+    check_codec_classes,
+    check_codec_task,
+    fill_defaults,
+    prepare_cache,
+)
 
 from .quantities import parse_rows
 from .rate import measure_rate
@@ -79,18 +85,6 @@ def read_subject(config: PlanConfig, console: Console) -> Subject:
     if config.rate:
         return _read_numbers(cache_config, config.rate, rows, classes, console)
     return _time_teacher(cache_config, rows, classes, console)
-
-
-def check_codec(codec: str, task: str = CLASSES) -> None:
-    """Check that there is a codec.
-
-    Raises:
-        UsageError: There is none of this name.
-    """
-    try:
-        list_datasets(2, codec, {}, task)
-    except KeyError:
-        raise unknown_name_error("codec", codec, CODECS) from None
 
 
 def _parse_classes(text: str) -> int:
@@ -156,12 +150,11 @@ def _read_numbers(config: CacheConfig, rate: float, rows: int, classes: int, con
         raise UsageError("--task embedding with --rate: the width of the embedding is --classes")
     if task == NUMBERS and config.codec == CacheConfig.codec:
         config = replace(config, codec="float32")
-    if config.codec in CODECS and task not in CODECS[config.codec].tasks:
-        names = ", ".join(name for name, codec in CODECS.items() if task in codec.tasks)
-        raise UsageError(f"--codec {config.codec} is not for the task {task}, which has {names}")
+    check_codec_task(config.codec, task)
     K = classes or len(transfer_set.classes if transfer_set else ())
     if not K:
         raise UsageError("the data have no names of classes: give the number of --classes")
+    check_codec_classes(config.codec, K)
     taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in config.taps.split(",") if tap))
     shapes, inputs = _find_shapes(config, K, taps, transfer_set, console)
     known = {split: len(part) for split, part in transfer_set.splits.items()} if transfer_set else {}

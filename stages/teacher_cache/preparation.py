@@ -189,7 +189,7 @@ def _prepare_plan(
     ranks.check_equal("identity of the cache", compute_fingerprint(identity))
 
     generator = TargetGenerator(transfer_set, views, choice.inference, config)
-    _check_classes(config.codec, generator.classes)
+    check_codec_classes(config.codec, generator.classes)
     if transfer_set.task == EMBEDDING:
         origin = f"the input of layer '{teacher.features}'" if teacher.features else "as the teacher outputs them"
         console.print(f"embedding: {generator.classes:,} numbers, {origin}")
@@ -215,9 +215,7 @@ def check_task(config: CacheConfig, transfer_set: TransferSet) -> CacheConfig:
     task = transfer_set.task
     if task == NUMBERS and config.codec == CacheConfig.codec:
         config = replace(config, codec="float32")
-    if task not in find_codec(config.codec).tasks:
-        names = ", ".join(list_codecs(task))
-        raise UsageError(f"--codec {config.codec} is not for the task {task}, which has {names}")
+    check_codec_task(config.codec, task)
     if config.axes and task != EMBEDDING:
         raise UsageError(f"--axes is for the task {EMBEDDING}, and the task here is {task}: leave it out")
     for option, is_set in (
@@ -246,7 +244,14 @@ def check_codec(name: str) -> None:
         raise unknown_name_error("codec", name, known) from None
 
 
-def _check_classes(codec: str, classes: int) -> None:
+def check_codec_task(codec: str, task: str) -> None:
+    """Raise UsageError for a codec that is for other tasks, with those of the task."""
+    if task not in find_codec(codec).tasks:
+        names = ", ".join(list_codecs(task))
+        raise UsageError(f"--codec {codec} is not for the task {task}, which has {names}")
+
+
+def check_codec_classes(codec: str, classes: int) -> None:
     """Raise UsageError for a codec that is for more classes than there are."""
     if classes < (least := find_codec(codec).min_classes):
         raise UsageError(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from softcache.data import views
+from softcache.data.views import render as views
 from softcache.pipeline.cache.writer import CacheWriter
 from softcache.pipeline.models import build
 from softcache.stages.teacher_cache.targets import TargetGenerator

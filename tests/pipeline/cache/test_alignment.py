@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softcache.data import views
 from softcache.data.sources import SOURCES, Source
 from softcache.data.sources.source_data import SourceData
+from softcache.data.views import render as views
 from tests.helpers.commands import Stages
 from tests.helpers.damage import SHARD, edit_shard
 

@@ -21,18 +21,18 @@ from pathlib import Path
 from bench.footprint import read_memory
 from softcache.pipeline.cache.codecs import CODECS
 from softcache.pipeline.cache.shards import write_shard
-from softcache.stages.teacher_cache.targets import encode_targets
+from softcache.stages.teacher_cache.encoding import encode_targets
 from softcache.stages.teacher_cache.writing import BackgroundWriter
 
 codec, rows, classes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-labels = np.zeros(rows, np.int64)
-encode_targets(CODECS[codec], np.zeros((9, classes), np.float32), labels[:9], "classes")
+labels, keys = np.zeros(rows, np.int64), np.zeros(rows, np.uint64)
+encode_targets(CODECS[codec], np.zeros((9, classes), np.float32), keys[:9], labels[:9], "classes")
 before = read_memory("VmRSS")
 with BackgroundWriter() as background:
     for k in range(3):
         logits = np.full((rows, classes), k + 0.5, np.float32)
         logits[:, 0] = -k
-        arrays = encode_targets(CODECS[codec], logits, labels, "classes")[0]
+        arrays = encode_targets(CODECS[codec], logits, keys, labels, "classes")[0]
         del logits
         background.submit(write_shard, Path(f"{k}.h5"), arrays, {"draw": k})
 print(json.dumps(read_memory("VmHWM") - before))

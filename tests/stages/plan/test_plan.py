@@ -162,7 +162,7 @@ def test_a_budget_for_nothing_is_said_in_one_line(stages: Stages) -> None:
     code, out, err = stages.call("plan", *NUMBERS, "--budget", "1MiB")
     assert code == 0, err
     smallest = next(line for line in out.splitlines() if line.startswith("budget: "))
-    assert smallest.startswith("budget:  nothing fits 1MiB: sqrt8 with 1 draw and no taps takes ")
+    assert smallest.startswith("budget:  nothing fits 1MiB: top:20 with 1 draw and no taps takes ")
     assert stages("plan", *NUMBERS, "--budget", "1MiB")["budget"] == []
 
 
