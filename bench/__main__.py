@@ -69,6 +69,8 @@ def format_record(record: dict[str, Any]) -> str:
 def select_rows(names: str) -> list[Row]:
     """Return the rows of these names, joined by commas; all rows for an empty text."""
     selected = [name for name in names.replace(",", " ").split() if name]
+    if names and not selected:
+        raise SystemExit(f"Error: --row {names!r} names no row: leave it out for all rows")
     if unknown := sorted(set(selected) - {row.name for row in ROWS}):
         raise SystemExit(f"Error: no row {', '.join(unknown)}: there are {', '.join(row.name for row in ROWS)}")
     return [row for row in ROWS if not selected or row.name in selected]

@@ -200,5 +200,6 @@ class LongWorkNotice:
             self.is_printed = True
             if remaining > 120:
                 duration = format_duration(remaining)
-                waiting = f"; CPU threads that wait soon sleep ({waiting})" if (waiting := describe_waiting()) else ""
+                chosen = describe_waiting(only_set_here=True)
+                waiting = f"; CPU threads that wait soon sleep ({chosen})" if chosen else ""
                 self.console.print(f"{self.work} will take about {duration} on this machine{self.advice}{waiting}")

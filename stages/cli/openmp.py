@@ -10,12 +10,12 @@ from collections.abc import Mapping
 # up to 22 %. Rows `threads-…` of `make bench`.
 WAITING = {"GOMP_SPINCOUNT": "5000"}
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")  # with any of these, the user has chosen
-_set_here: list[str] = []
+_is_set_here = False
 
 
 def choose_waiting(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables to set for a command in an environment; none where the user has set one."""
-    return {} if any(name in environment for name in VARIABLES) else dict(WAITING)
+    return {} if any(environment.get(name) for name in VARIABLES) else dict(WAITING)
 
 
 def let_threads_sleep() -> None:
@@ -23,9 +23,16 @@ def let_threads_sleep() -> None:
     if "torch" not in sys.modules:
         chosen = choose_waiting(os.environ)
         os.environ.update(chosen)
-        _set_here.extend(f"{name}={value}" for name, value in chosen.items())
+        global _is_set_here
+        _is_set_here = bool(chosen)
 
 
-def describe_waiting() -> str:
-    """Return what was set here, as in GOMP_SPINCOUNT=5000; empty where nothing was."""
-    return " ".join(_set_here)
+def describe_waiting(only_set_here: bool = False) -> str:
+    """Return how threads wait, as in GOMP_SPINCOUNT=5000; empty where neither softcache nor the user has set it.
+
+    Args:
+        only_set_here: Return what softcache has set alone.
+    """
+    if only_set_here and not _is_set_here:
+        return ""
+    return " ".join(f"{name}={os.environ[name]}" for name in VARIABLES if os.environ.get(name))

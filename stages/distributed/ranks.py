@@ -8,15 +8,16 @@ may train a teacher for hours). Ctrl-C ends it, and so does a rank that fails, e
 `connections`.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from softcache.base.errors import CacheError, Interrupted, LostRankError, UsageError, is_interrupt
+from softcache.base.errors import CacheError, Interrupted, LostRankError, UsageError, is_interrupt, make_printable
 
 from .addresses import check_address_of_first, check_address_of_host
 from .connections import read_limit
@@ -25,6 +26,7 @@ from .rendezvous import START_TIMEOUT, Rendezvous, make_lost_rank_error, reach_s
 T = TypeVar("T")
 COMMANDS = ("teacher-cache", "student")  # commands that can run in several ranks
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+OWN_OPTIONS = ("data_root", "workers")  # a host may have its data elsewhere, and other numbers of processors
 _FILE_TIMEOUT = 60.0  # seconds until another host's file must be visible: NFS caches the names of a folder up to 60
 
 
@@ -90,15 +92,17 @@ def as_single_process() -> Iterator[None]:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[None]:
+def process_group(command: str, options: Mapping[str, Any]) -> Iterator[None]:
     """Join the ranks to one process group. An error in one rank ends all; the first rank that failed prints it.
 
     Args:
-        device: as in --device. All ranks share a GPU with a number (cuda:0), which NCCL refuses: the backend is gloo
-            then.
+        command: its name.
+        options: of the command, the same on every rank but for those of OWN_OPTIONS. Of `device`: all ranks share a
+            GPU with a number (cuda:0), which NCCL refuses; the backend is gloo then.
 
     Raises:
-        UsageError: for more ranks than GPUs on a host, or addresses by which the hosts cannot reach each other.
+        UsageError: for more ranks than GPUs on a host, addresses by which the hosts cannot reach each other, or ranks
+            with other commands or options.
         CacheError: where another rank has ended or cannot be reached.
     """
     if LAUNCHED.world == 1:
@@ -109,6 +113,7 @@ def process_group(device: str) -> Iterator[None]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
+    device = options["device"]
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_gpu and LAUNCHED.local_world > torch.cuda.device_count():  # the same message in all ranks of the host
         raise UsageError(
@@ -128,6 +133,7 @@ def process_group(device: str) -> Iterator[None]:
         if on_several_hosts and not on_gpu:
             check_address_of_host(os.environ)
         rendezvous_point.connect(limit)
+        _check_same_command(rendezvous_point, command, options, limit)
         if on_gpu:
             torch.cuda.set_device(LAUNCHED.local_rank)
         with reach_store():
@@ -149,6 +155,34 @@ def process_group(device: str) -> Iterator[None]:
         raise
     rendezvous_point.finish()
     dist.destroy_process_group()
+
+
+def _check_same_command(point: Rendezvous, command: str, options: Mapping[str, Any], limit: int) -> None:
+    """Check that this rank runs what rank 0 runs. Else the options of rank 0 would win, or the ranks would wait.
+
+    Raises:
+        UsageError: with the first difference.
+    """
+    shared = {name: value for name, value in options.items() if name not in OWN_OPTIONS}
+    own = json.loads(json.dumps({"the command": command, **shared, "SOFTCACHE_RANK_TIMEOUT": limit}))
+    if LAUNCHED.is_first:
+        point.send(own)
+        point.barrier()  # no rank begins before all are compared
+        return
+    first = point.receive()
+    if different := [name for name in (*own, *first) if name not in own or own.get(name) != first.get(name)]:
+        name = different[0]
+        title = name if " " in name or name.isupper() else f"--{name.replace('_', '-')}"
+        raise UsageError(
+            f"rank {LAUNCHED.rank} has {title} {_format_value(own.get(name))}, rank 0 has"
+            f" {_format_value(first.get(name))}: start the same command on every host"
+        )
+    point.barrier()
+
+
+def _format_value(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return make_printable(text[:200]) if text else "not set"
 
 
 def reports_errors() -> bool:

@@ -1,6 +1,7 @@
 """`softcache student`: stage two. Train a student from a cache; the teacher is not needed."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def run(config: StudentConfig, explicit: set[str]) -> None:
         config: the options of the command.
         explicit: the names of the options that were typed on the command line.
     """
-    with process_group(config.device):
+    with process_group("student", asdict(config)):
         console = Console(config.json)
         config, setup, folder = _prepare(config, explicit, console)
         result = train_student(config, setup, folder, console)

@@ -29,7 +29,7 @@ from .writing import write_cache, write_share_of_rank
 def run(config: CacheConfig) -> None:
     """Make a cache, or complete or extend the one in the folder, and report what it holds."""
     console = Console(config.json)
-    with ranks.process_group(config.device):
+    with ranks.process_group("teacher-cache", asdict(config)):
         if ranks.is_first():
             config, manifest = make_cache(config, console)
             _print_report(manifest, config, console)

@@ -58,7 +58,8 @@ def make_program(infer: Program, model: nn.Module, views: torch.Tensor, tell: Ca
         with suppress(Exception):  # it cannot be exported; where there is no compiler, torch.compile fails as well
             payload = _compile(infer, model, views)
             program = _load(payload)
-            kept.write(name, payload)
+            if not kept.write(name, payload):
+                tell(f"the compiled teacher is not kept for the next command: {kept.describe_obstacle()}")
             return program
     torch.compiler.reset()  # compiled code is cached for the function `infer`, at most eight versions of it
     options: dict[str, Any] = dict(_OPTIONS) if views.device.type == "cpu" else {}

@@ -91,6 +91,14 @@ class KeptPrograms:
             return False
         return True
 
+    def describe_obstacle(self) -> str:
+        """Return why nothing is kept, as far as the folder shows it."""
+        if self.folder is None:
+            return "there is no home folder"
+        if self.folder.is_dir() and not _is_private(self.folder):
+            return f"others can read or write '{self.folder}', or it is not yours: chmod 700 it"
+        return f"'{self.folder}' cannot be written, or is full"
+
     def _trim(self) -> None:
         """Delete what is too much, and what killed processes left."""
         assert self.folder is not None

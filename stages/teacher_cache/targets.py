@@ -84,7 +84,7 @@ class TargetGenerator:
             return None
         return find_head(self.teacher.network, self.classes)
 
-    def compute_shard(self, spec: ShardSpec, on_progress: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
+    def compute_shard(self, spec: ShardSpec, on_progress: Callable[[int], object]) -> tuple[Arrays, dict[str, float]]:
         """Compute the rows of a shard.
 
         Args:

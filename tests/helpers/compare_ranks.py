@@ -74,5 +74,5 @@ def main(cache: str, arch: str, batch: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with ranks.process_group("cpu"):
+    with ranks.process_group("test", {"device": "cpu"}):
         main(*sys.argv[1:4], sys.argv[4:])

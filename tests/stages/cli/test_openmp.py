@@ -40,7 +40,8 @@ def test_a_command_lets_threads_sleep_unless_the_environment_says_how_they_wait(
     assert done.returncode == 0, done.stderr
     assert shown == turns
     machine = json.loads((tmp_path / "run/result.json").read_text())["machine"]
-    assert machine.get("waiting") == (None if variables else "GOMP_SPINCOUNT=5000")
+    chosen = variables or {"GOMP_SPINCOUNT": "5000"}
+    assert machine["waiting"] == " ".join(f"{name}={value}" for name, value in chosen.items())
 
 
 def test_as_a_library_it_leaves_openmp_as_it_is(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ EVERYTHING = (
 # One loss for each kind of input: logits alone; relations between rows; labels by class; hidden layers alone, so that
 # the last layer has no gradient; random negatives; the student's last layer.
 SOME = ("kd", "similarity", "soft_f1", "hint:teacher=relu2,student=relu2", "crd", "cat_kd")
+DIFFERING_RANK = ROOT / "tests/helpers/differing_rank.py"
 DYING_RANK = ROOT / "tests/helpers/dying_rank.py"
 
 
@@ -340,6 +341,30 @@ def test_an_error_in_all_ranks_is_printed_once(tiny: Path, tmp_path: Path) -> No
     line = error(torchrun(2, *command, cwd=tmp_path))
     assert line == (
         "Error: 2 ranks share batches of 3 rows, and each needs 2 of one: a larger --batch-size, or fewer ranks"
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "line"),
+    [
+        (("--epochs", "4", "--out", "r"), "rank 1 has --epochs 4, rank 0 has 2: start the same command on every host"),
+        (("--epochs", "2", "--out", "s"), "rank 1 has --out s, rank 0 has r: start the same command on every host"),
+    ],
+)
+def test_ranks_with_other_options_end_before_anything_is_written(
+    tiny: Path, tmp_path: Path, other: tuple[str, ...], line: str
+) -> None:
+    command = ["student", "--cache", str(tiny / "cache"), "--arch", "mlp:8"]
+    commands = [[*command, "--epochs", "2", "--out", "r"], [*command, *other]]
+    assert error(torchrun(2, DIFFERING_RANK, json.dumps(commands), cwd=tmp_path)) == f"Error: {line}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_with_other_commands_end_at_once(tiny: Path, tmp_path: Path) -> None:
+    commands = [["student", "--cache", str(tiny / "cache"), "--out", "r"], ["teacher-cache", "--out", "c"]]
+    line = error(torchrun(2, DIFFERING_RANK, json.dumps(commands), cwd=tmp_path))
+    assert (
+        line == "Error: rank 1 has the command teacher-cache, rank 0 has student: start the same command on every host"
     )
 
 

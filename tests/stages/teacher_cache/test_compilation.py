@@ -123,7 +123,9 @@ def test_a_file_or_folder_of_another_user_is_not_believed(kept: KeptPrograms, mo
 def test_nothing_is_written_into_a_folder_that_is_open_to_others(tmp_path: Path) -> None:
     (tmp_path / "compiled").mkdir()
     (tmp_path / "compiled").chmod(0o777)
-    assert not KeptPrograms(tmp_path / "compiled").write("a", b"native code")
+    programs = KeptPrograms(tmp_path / "compiled")
+    assert not programs.write("a", b"native code")
+    assert programs.describe_obstacle().endswith("or it is not yours: chmod 700 it")
     assert list((tmp_path / "compiled").iterdir()) == []
 
 
@@ -146,6 +148,7 @@ def test_the_least_recently_used_are_deleted(kept: KeptPrograms, monkeypatch: py
 
 def test_without_a_folder_nothing_is_kept() -> None:
     assert not KeptPrograms(None).write("a", b"native code")
+    assert KeptPrograms(None).describe_obstacle() == "there is no home folder"
     assert KeptPrograms(None).read("a") is None
 
 
