@@ -23,8 +23,9 @@ def make_top_codec(k: int) -> Codec:
     """Make the codec of the k largest logits of a row, and of the probability that all other classes have together.
 
     Stored are the depths of the k logits below the largest one, in float16, their classes in ascending order, and the
-    log-sum-exp of all other logits, from the largest one too, in float32. The others are decoded as equally likely:
-    at temperature 1 their sum is exact, at another one it is that of equal logits.
+    log-sum-exp of all other logits, in float32. That belongs to the rounded depths: at temperature 1 the probability
+    of the others together is exact, whatever float16 costs. They are decoded as equally likely, so at another
+    temperature their sum is that of equal logits.
 
     Of equal logits at the border those of the first classes are stored.
 
@@ -40,20 +41,24 @@ def make_top_codec(k: int) -> Codec:
         is_stored = _find_largest(logits, k)
         classes = np.nonzero(is_stored)[1].reshape(n, k)
         depths = np.take_along_axis(logits, classes, 1) - top
+        rounded = depths.astype("<f2")
         rest = np.where(is_stored, -np.inf, logits)
         highest = rest.max(1, keepdims=True)
-        total = np.exp(rest - highest).sum(1, keepdims=True, dtype=np.float64)
-        log_sum = (highest - top) + np.log(total)
+        log_sum = (highest - top) + _log_sum(rest - highest)
+        log_sum += _log_sum(rounded.astype(np.float32)) - _log_sum(depths)
         return {
-            "logits": depths.astype("<f2"),
+            "logits": rounded,
             "logits_class": classes.astype(_class_dtype(K)),
             "logits_rest": log_sum.astype("<f4"),
         }
 
     def decode(stored: Stored, K: int) -> Floats:
+        classes = _check_classes(stored["logits_class"], K, least_step=1)
         rest = stored["logits_rest"].astype(np.float32) - np.float32(np.log(K - k))
-        logits = np.repeat(rest, K, axis=1)
-        np.put_along_axis(logits, _check_classes(stored, K), stored["logits"].astype(np.float32), 1)
+        logits = np.repeat(
+            np.minimum(rest, np.float32(0)), K, axis=1
+        )  # rounding must not make another class the first
+        np.put_along_axis(logits, classes, stored["logits"].astype(np.float32), 1)
         return logits
 
     return Codec(
@@ -72,20 +77,20 @@ def make_top_codec(k: int) -> Codec:
 
 
 def make_sample_codec(n: int) -> Codec:
-    """Make the codec of n classes drawn from the teacher's distribution at temperature 1, and how often each was.
+    """Make the codec of n classes drawn from the teacher's distribution at temperature 1.
 
-    The target is count / n, whose expectation is the probability, of every class. The draws of a row are systematic:
-    one random number u, and class c is drawn floor(n C_c + u) - floor(n C_(c-1) + u) times, with C the cumulated
-    probabilities. So a count differs from n p by less than 1, which independent draws exceed.
+    Stored are the classes in ascending order, each as often as it was drawn. The target is count / n, whose
+    expectation is the probability, of every class. The draws of a row are systematic: one random number u, and class c
+    is drawn floor(n C_c + u) - floor(n C_(c-1) + u) times, with C the cumulated probabilities. So a count differs from
+    n p by less than 1, which independent draws exceed.
 
     Source: Anshumann et al. 2025, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs" (arXiv
         2503.16870), with its proposal at temperature 1; systematic draws: Carpenter, Clifford and Fearnhead 1999,
         "Improved particle filter for nonlinear problems".
 
     Args:
-        n: number of draws, 1 to 65,535: a count is uint16.
+        n: number of draws, at least 1.
     """
-    count_dtype = "|u1" if n < 256 else "<u2"
 
     def encode(logits: Floats, keys: RowKeys) -> Arrays:
         rows, K = logits.shape
@@ -95,21 +100,19 @@ def make_sample_codec(n: int) -> Codec:
         below = cumulated.astype(np.int32)
         below[:, -1] = n  # where u, or rounding, has put it beside
         counts = np.diff(np.minimum(below, n, out=below), axis=1, prepend=np.int32(0))
-        places = np.nonzero(counts)
-        slot = np.arange(len(places[0])) - np.searchsorted(places[0], places[0])  # 0, 1, … in each row
-        drawn, drawn_counts = np.zeros((rows, n), np.int64), np.zeros((rows, n), np.int64)
-        drawn[places[0], slot], drawn_counts[places[0], slot] = places[1], counts[places]
-        return {"logits": drawn_counts.astype(count_dtype), "logits_class": drawn.astype(_class_dtype(K))}
+        places = np.flatnonzero(counts)
+        drawn = np.repeat(places % K, counts.ravel()[places]).reshape(rows, n)
+        return {"logits": drawn.astype(_class_dtype(K))}
 
     def decode(stored: Stored, K: int) -> Floats:
-        counts = stored["logits"].astype(np.float32)
-        logits = np.full((len(counts), K), _ABSENT)
-        rows, slots = np.nonzero(counts)
-        logits[rows, _check_classes(stored, K)[rows, slots]] = np.log(counts[rows, slots] / np.float32(n))
+        drawn = _check_classes(stored["logits"], K, least_step=0)
+        logits = np.full((len(drawn), K), _ABSENT)
+        places, counts = np.unique(drawn + K * np.arange(len(drawn))[:, None], return_counts=True)
+        logits.ravel()[places] = np.log(counts.astype(np.float32) / np.float32(n))
         return logits
 
     return Codec(
-        datasets=lambda K: {"logits": ((n,), count_dtype), "logits_class": ((n,), _class_dtype(K))},
+        datasets=lambda K: {"logits": ((n,), _class_dtype(K))},
         encode=encode,
         decode=decode,
         max_value=float(np.finfo(np.float32).max),
@@ -133,9 +136,25 @@ def _find_largest(logits: Floats, k: int) -> NDArray[np.bool_]:
     return is_largest
 
 
-def _check_classes(stored: Stored, K: int) -> NDArray[np.int64]:
-    """Return the stored classes, int64 [n, k]. Raises ValueError for one that does not exist."""
-    classes = stored["logits_class"].astype(np.int64)
+def _log_sum(z: Floats) -> NDArray[np.float64]:
+    """Compute the log-sum-exp of each row of numbers that are 0 at most, float64 [n, 1]; -inf counts as nothing."""
+    return np.log(np.exp(z).sum(1, keepdims=True, dtype=np.float64))
+
+
+def _check_classes(stored: NDArray[np.generic], K: int, least_step: int) -> NDArray[np.int64]:
+    """Return stored classes, int64 [n, k].
+
+    Args:
+        stored: the classes.
+        K: how many there are.
+        least_step: from one class of a row to the next, 1 where none is stored twice.
+
+    Raises:
+        ValueError: one does not exist, or they are not in ascending order.
+    """
+    classes = stored.astype(np.int64)
     if classes.size and classes.max() >= K:
         raise ValueError(f"a stored class is {classes.max()}, and there are {K}")
+    if (np.diff(classes, axis=1) < least_step).any():
+        raise ValueError("the stored classes of a row are not in ascending order")
     return classes

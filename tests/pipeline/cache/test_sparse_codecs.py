@@ -35,9 +35,9 @@ def decode(name: str, logits: Floats, draw: int = 0) -> Floats:
     [
         ("top:20", 1000, 84),
         ("top:100", 21_841, 404),
-        ("sample:50", 1000, 150),
+        ("sample:50", 1000, 100),
         ("top:3", 70_000, 22),
-        ("sample:300", 1000, 1200),
+        ("sample:3", 70_000, 12),
     ],
 )
 def test_the_bytes_of_a_row(name: str, K: int, row_bytes: int) -> None:
@@ -56,7 +56,7 @@ def test_top_keeps_the_probabilities_of_the_largest_logits_and_the_sum_of_the_ot
     # float16 rounds a depth below the maximum, up to 32, by 2**-7 at most: a share of 0.8 % of the probability.
     np.testing.assert_allclose(np.take_along_axis(q, top, 1), np.take_along_axis(p, top, 1), rtol=0.01)
     rest = np.take_along_axis(q, others, 1)
-    np.testing.assert_allclose(rest.sum(1), np.take_along_axis(p, others, 1).sum(1), rtol=0.005, atol=1e-12)
+    np.testing.assert_allclose(rest.sum(1), np.take_along_axis(p, others, 1).sum(1), rtol=1e-5)
     assert (rest == rest[:, :1]).all(), "the others are equally likely"
 
 
@@ -85,9 +85,8 @@ def test_the_mean_of_samples_is_the_distribution() -> None:
 def test_a_sample_counts_every_class_within_one_of_its_expectation(n: int) -> None:
     logits = make_logits(40, 200)
     stored = find_codec(f"sample:{n}").encode(logits, make_keys(40))
-    assert (stored["logits"].astype(int).sum(1) == n).all()
     counts = np.zeros((40, 200))
-    np.add.at(counts, (np.arange(40)[:, None], stored["logits_class"].astype(int)), stored["logits"])
+    np.add.at(counts, (np.arange(40)[:, None], stored["logits"].astype(int)), 1)
     assert np.abs(counts - n * softmax(logits)).max() < 1 + 1e-9
     assert np.allclose(softmax(decode(f"sample:{n}", logits)), counts / n, atol=1e-6)
 
@@ -109,13 +108,15 @@ def test_a_row_is_encoded_alone_as_among_others(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "sha256"),
-    [("top:5", "cc2cd0e8a58eb0f4"), ("sample:7", "6e9e15a8d98bf5fb")],
+    [("top:5", "cc2cd0e8a58eb0f4"), ("sample:7", "e2e2830e664a4c14")],
 )
 def test_the_bytes_of_a_format_never_change(name: str, sha256: str) -> None:
     """All but the sum of the rest, whose last bit is that of a library's exponential."""
     logits = ((np.arange(40) * 7919 % 97).reshape(4, 10) / 16).astype(np.float32)
     encoded = find_codec(name).encode(logits, make_keys(4))
-    digest = hashlib.sha256(b"".join(encoded[part].tobytes() for part in ("logits", "logits_class"))).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(encoded[part].tobytes() for part in sorted(encoded) if part != "logits_rest")
+    ).hexdigest()
     assert digest[:16] == sha256
 
 
@@ -123,8 +124,13 @@ def test_the_bytes_of_a_format_never_change(name: str, sha256: str) -> None:
 def test_a_class_that_does_not_exist_is_refused(name: str) -> None:
     codec = find_codec(name)
     stored = codec.encode(make_logits(2, 9), make_keys(2))
-    stored["logits_class"][1, 0] = 9
+    classes = stored.get("logits_class", stored["logits"])
+    classes[1, -1] = 9
     with pytest.raises(ValueError, match=re.escape("a stored class is 9, and there are 9")):
+        codec.decode(stored, 9)
+    classes[1, :2] = 8, 7
+    classes[1, -1] = 8
+    with pytest.raises(ValueError, match="not in ascending order"):
         codec.decode(stored, 9)
 
 
