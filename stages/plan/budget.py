@@ -44,7 +44,7 @@ def measure_subject(subject: Subject, codec: str, draws: int, taps: dict[str, li
 
 
 def list_choices(subject: Subject, budget: int) -> list[Choice]:
-    """List the caches that fit, the best first: most draws, then most taps, then the finest codec.
+    """List the caches that fit, the best first: most taps, then most draws, then the finest codec.
 
     None has more draws, other taps or a finer codec than what was asked for, and none is listed beside which another
     one is at least as good in all three.
@@ -60,7 +60,7 @@ def list_choices(subject: Subject, budget: int) -> list[Choice]:
             if draws and not any(c.draws >= draws and set(c.taps) >= set(taps) for c in choices):
                 size = measure_subject(subject, codec, draws, taps)
                 choices.append(Choice(codec, draws, tuple(taps), size.bytes))
-    return sorted(choices, key=lambda choice: (-choice.draws, -len(choice.taps)))  # stable: the finer codec first
+    return sorted(choices, key=lambda choice: (-len(choice.taps), -choice.draws))  # stable: the finer codec first
 
 
 def find_smallest(subject: Subject) -> Choice:

@@ -109,7 +109,7 @@ def _print_choices(choices: list[Choice], subject: Subject, config: PlanConfig, 
             f"budget:  nothing fits {config.budget}: {smallest.codec} with 1 draw and no taps takes"
             f" {format_bytes(smallest.bytes)}; take fewer rows, or a larger --budget"
         )
-    console.print(f"budget:  {config.budget}; best first: most draws, then most taps, then the finest codec")
+    console.print(f"budget:  {config.budget}; best first: most taps, then most draws, then the finest codec")
     for choice in choices[:_SHOWN]:
         taps = f"--taps {','.join(choice.taps)}" if choice.taps else "no taps" if subject.taps else ""
         words = f"--codec {choice.codec:8} --draws {choice.draws:<6}"

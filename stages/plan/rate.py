@@ -9,14 +9,15 @@ from softcache.stages.cli.console import progress_bar
 from softcache.stages.teacher_cache.targets import TargetGenerator
 
 _VIEWS = 512  # of the first turn
-_SECONDS = 3.0  # a first turn that takes longer is the only one; else others follow for so long
+_SECONDS = 3.0  # of the turns after it
+_SLOW = 10.0  # seconds of a first turn after which there is no other
 
 
 def measure_rate(generator: TargetGenerator, datasets: Datasets) -> tuple[float, int]:
     """Compute the first rows of a shard as stage one does it: views are rendered, the teacher is run, logits encoded.
 
-    A quick teacher is timed on more views: the first batch of a shard is rendered before the teacher begins, and of
-    two batches that would count as a quarter of the time.
+    A first turn warms everything up. A quick teacher is then timed on more views: the first batch of a shard is
+    rendered before the teacher begins, which would count too much among few batches.
 
     Args:
         generator: Data, views and teacher.
@@ -29,19 +30,27 @@ def measure_rate(generator: TargetGenerator, datasets: Datasets) -> tuple[float,
     rows = min(len(generator.transfer_set.splits["train"]), shard_rows)
     views = min(rows, _VIEWS)
     with progress_bar(views, "timing the teacher", "views") as bar:
-        seconds = _time_turn(generator, datasets, views, bar.update)
-    if seconds > _SECONDS:
+
+        def count(done: int) -> None:
+            bar.update(done)
+
+        seconds = _time_turn(generator, datasets, views, count)
+    if seconds > _SLOW:
         return views / seconds, views
     views = min(rows, max(views, int(_SECONDS * views / seconds)))
     total, turns = 0.0, 0
     while total < _SECONDS:
-        total += _time_turn(generator, datasets, views, lambda _: None)
+        total += _time_turn(generator, datasets, views, _ignore)
         turns += 1
     return turns * views / total, turns * views
 
 
+def _ignore(_done: int) -> None:
+    """Count nothing."""
+
+
 def _time_turn(
-    generator: TargetGenerator, datasets: Datasets, views: int, on_progress: Callable[[int], object]
+    generator: TargetGenerator, datasets: Datasets, views: int, on_progress: Callable[[int], None]
 ) -> float:
     """Compute so many rows once, and return the seconds that it took."""
     start = time.perf_counter()

@@ -144,7 +144,8 @@ def test_what_fits_a_budget_comes_best_first(stages: Stages) -> None:
     choices = stages(*options, *taps, "--budget", "3.5GB")["budget"]
     assert len(choices) > 3
     assert all(choice["bytes"] <= 3.5e9 for choice in choices)
-    assert [choice["draws"] for choice in choices] == sorted((c["draws"] for c in choices), reverse=True)
+    order = [(-len(choice["taps"]), -choice["draws"]) for choice in choices]
+    assert order == sorted(order)
     for choice in choices:
         again = stages(*options, "--codec", choice["codec"], "--draws", choice["draws"], *make_taps(choice["taps"]))
         assert again["size"]["bytes"] == choice["bytes"]
