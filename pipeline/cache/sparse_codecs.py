@@ -55,9 +55,8 @@ def make_top_codec(k: int) -> Codec:
     def decode(stored: Stored, K: int) -> Floats:
         classes = _check_classes(stored["logits_class"], K, least_step=1)
         rest = stored["logits_rest"].astype(np.float32) - np.float32(np.log(K - k))
-        logits = np.repeat(
-            np.minimum(rest, np.float32(0)), K, axis=1
-        )  # rounding must not make another class the first
+        rest = np.minimum(rest, np.float32(0))  # rounding must not make another class the first
+        logits = np.repeat(rest, K, axis=1)
         np.put_along_axis(logits, classes, stored["logits"].astype(np.float32), 1)
         return logits
 
@@ -138,7 +137,8 @@ def _find_largest(logits: Floats, k: int) -> NDArray[np.bool_]:
 
 def _log_sum(z: Floats) -> NDArray[np.float64]:
     """Compute the log-sum-exp of each row of numbers that are 0 at most, float64 [n, 1]; -inf counts as nothing."""
-    return np.log(np.exp(z).sum(1, keepdims=True, dtype=np.float64))
+    total: NDArray[np.float64] = np.exp(z).sum(1, keepdims=True, dtype=np.float64)
+    return np.log(total)
 
 
 def _check_classes(stored: NDArray[np.generic], K: int, least_step: int) -> NDArray[np.int64]:
