@@ -29,9 +29,11 @@ from .student import TrainingLoop
 WIDE = {"wide": [4096]}  # 8 kB a row in float16
 
 
-def measure_bytes_per_view(options: BenchOptions, classes: int, codec: str = "float16") -> Measurement:
-    """Size of all files of a cache of logits / number of its views, of 100,000 rows or a little more."""
-    cache = _write_cache(options, classes, codec)
+def measure_bytes_per_view(
+    options: BenchOptions, classes: int, codec: str = "float16", rows: int = 100_000
+) -> Measurement:
+    """Size of all files of a cache of logits / number of its views, of so many rows or a little more."""
+    cache = _write_cache(options, classes, codec, rows)
     size, views = _count_bytes(cache.folder), cache.manifest.count_views()
     row_bytes = count_row_bytes(cache.manifest.datasets)
     return Measurement([size / views], f"{size:,} bytes of {views:,} views, {row_bytes} a row")
@@ -95,13 +97,12 @@ def measure_peak_memory(options: BenchOptions, gigabytes: float) -> Measurement:
     )
 
 
-def _write_cache(options: BenchOptions, classes: int, codec: str = "float16") -> CacheReader:
-    """Write a cache of 100,000 training rows with nothing but logits."""
-    rows = options.scale(100_000, 2 * classes + 400)
+def _write_cache(options: BenchOptions, classes: int, codec: str = "float16", rows: int = 100_000) -> CacheReader:
+    """Write a cache of so many training rows with nothing but logits."""
+    rows = options.scale(rows, min(rows, 2 * classes + 400))
     data = fixtures.add_data_set(rows, channels=1, size=8, classes=classes)
-    return CacheReader(
-        fixtures.write_random_cache(options.folder / f"rows-100000-{classes}-{codec}", data, codec=codec)
-    )
+    folder = options.folder / f"rows-{rows}-{classes}-{codec.replace(':', '')}"
+    return CacheReader(fixtures.write_random_cache(folder, data, codec=codec))
 
 
 def _count_bytes(folder: Path) -> int:

@@ -82,7 +82,8 @@ def build_cache(
         taps: Layers whose outputs are kept, whole or a statistic of them: "layer3", "layer3:pool".
         normalize: Mean and standard deviation of each channel, for values of 0 … 1; or "imagenet", "data" or "none".
             None for those of a timm model's `pretrained_cfg`, else "data".
-        codec: How logits are stored: float16, float32 or sqrt8; int8 for embeddings. Numbers are float32.
+        codec: How logits are stored: float16, float32 or sqrt8; some of many classes: top:20, sample:50; int8 for
+            embeddings. Numbers are float32.
         batch_size: Views in a batch of the teacher.
         device: "auto", "cpu", "cuda" or "cuda:N".
         workers: Processes that decode and render; 0 for a thread of this process.

@@ -112,7 +112,8 @@ class StageOneOptions(DataOptions, FolderOptions, SplitOptions, MachineOptions, 
     )
     codec: str = option(
         "float16",
-        "How logits are stored: float16, float32 or sqrt8; an embedding also as int8, numbers always as float32.",
+        "How logits are stored: float16, float32 or sqrt8; some of many classes: top:20, sample:50; an embedding"
+        " also as int8, numbers always as float32.",
     )
     axes: bool = option(False, "Keep the principal axes of an embedding as well, for losses with standardize=axes.")
     batch_size: int = option(256, "Views in a batch of the teacher.", least=1)
