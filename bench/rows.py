@@ -166,6 +166,8 @@ ROWS: tuple[Row, ...] = (
              "compiled it would be 1.2 times as fast, after 5 s of compiling"),
     at_least("naive-stage-one-float32", 1.25, "naive loop in float32 / stage one in float32",
              lambda options: teacher.compare_with_naive_loop(options, "float32")),
+    at_most("plan-time", 1.15, "seconds of stage one as plan predicts them / as measured, or the inverse",
+            teacher.compare_with_plan),
     at_least("stage-one-over-onnxruntime", 0.95, "images a second: stage one / ONNX Runtime's bare inference, float32",
              lambda options: engines.compare_with_engine(options, "onnxruntime")),
     at_least("stage-one-over-openvino", 0.95, "images a second: stage one / OpenVINO's bare inference, float32",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from softcache.pipeline.models import build
 from softcache.pipeline.models.bn_folding import fold_batch_norm
 from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, PreparedModel
-from softcache.stages.cli.configs import CacheConfig
+from softcache.stages.cli.configs import CacheConfig, PlanConfig, StageOneOptions
 from softcache.stages.cli.console import Console
+from softcache.stages.plan.estimate import estimate
+from softcache.stages.plan.subject import read_subject
 from softcache.stages.teacher_cache.command import make_cache
 
 from . import fixtures
@@ -97,6 +100,23 @@ def compare_teacher_size_with_bare_inference(options: BenchOptions) -> Measureme
     )
     seconds = time_in_turns({"bare": make_contender(infer), "stage one": stage_one}, options.scale(4, 1))
     return Measurement(divide(seconds["bare"], seconds["stage one"]), format_medians(seconds))
+
+
+def compare_with_plan(options: BenchOptions) -> Measurement:
+    """Seconds of stage one as `softcache plan` predicts them / as its manifest records them, or the inverse, above 1."""
+    data = fixtures.add_data_set(options.scale(8192, 150))
+    weights = str(_save_teacher(options))
+    console, predicted, measured = Console(json_only=True, epoch_lines=False), [], []
+    for turn in range(options.scale(3, 1)):
+        config = _make_config(options, data, weights=weights, out=str(options.folder / f"planned-{turn}"))
+        known = {field.name: getattr(config, field.name) for field in fields(StageOneOptions)}
+        plan = PlanConfig(**known)
+        predicted.append(estimate(read_subject(plan, console), plan).seconds)
+        measured.append(make_cache(config, console)[1].seconds)
+    return Measurement(
+        [max(ratio, 1 / ratio) for ratio in divide(predicted, measured)],
+        f"predicted {statistics.median(predicted):.1f} s, measured {statistics.median(measured):.1f} s",
+    )
 
 
 def compare_with_naive_loop(options: BenchOptions, precision: str) -> Measurement:

@@ -83,7 +83,7 @@ class ShardSpec:
     datasets: Datasets
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardRecord:
     """A shard as the manifest lists it. The attributes are fields of the JSON.
 

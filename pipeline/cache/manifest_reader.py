@@ -211,6 +211,9 @@ _SCHEMA: dict[str, Any] = {
 def _build_manifest(record: dict[str, Any], digest: str) -> Manifest:
     """Build a manifest from a record that fits the schema."""
     converted = ("format", "fingerprint", "shards", "head", "arithmetic")
+    names: dict[tuple[str, ...], list[str]] = {}  # all shards share few lists, which are half of a record's memory
+    for shard in record["shards"]:
+        shard["datasets"] = names.setdefault(tuple(shard["datasets"]), shard["datasets"])
     return Manifest(
         **{name: value for name, value in record.items() if name not in converted},
         shards=tuple(ShardRecord(**shard) for shard in record["shards"]),
