@@ -103,7 +103,7 @@ def compare_teacher_size_with_bare_inference(options: BenchOptions) -> Measureme
 
 
 def compare_with_plan(options: BenchOptions) -> Measurement:
-    """Seconds of stage one as `softcache plan` predicts them, and as the manifest records them: the larger / smaller."""
+    """Seconds of stage one as `softcache plan` predicts them / as its manifest records them, or the inverse."""
     data = fixtures.add_data_set(options.scale(8192, 150))
     weights = str(_save_teacher(options))
     console, predicted, measured = Console(json_only=True, epoch_lines=False), [], []
