@@ -194,7 +194,7 @@ def test_relations_to_several_teachers_do_not_see_the_zeros_behind_a_narrow_one(
 class Source:
     """What batches of a task have in common."""
 
-    fingerprint = ""
+    fingerprint, codec = "", ("float16", "dense")
 
     def __init__(self, task: str):
         self.task = task

@@ -47,6 +47,7 @@ PLACES: dict[str, tuple[str, ...] | str] = {
     "stages/check_cache/command.py:_print_report": ("damaged",),
     "stages/cli/configs.py:": "help texts that name `softcache losses` and `softcache recipes`",
     "stages/compare/significance.py:_read_predictions": ("logits_missing",),
+    "stages/distributed/ranks.py:_check_same_command": "an option that two ranks have with other values",
     "stages/distributed/rendezvous.py:": "torchrun's command, which is not softcache's",
     "stages/export/command.py:run": NAMED_CODE,
     "stages/export/metadata.py:": "the name of a format",
