@@ -19,7 +19,7 @@ _README_BYTES = 1_400
 _MANIFEST_BYTES = 2_100  # without classes and shards
 _CLASS_BYTES, _NAME_BYTES = 8, 8  # of a class in the manifest beside its name, and of a name that is not known
 _CODEC_BYTES = 12  # of a logit, most that encoding or decoding a shard takes beside float32 logits and the result
-_BLOCK_NUMBERS = 1 << 26  # logits that stage one keeps in float32, see stages/teacher_cache/encoding.py
+BLOCK_NUMBERS = 1 << 26  # logits that stage one keeps in float32: 256 MB
 _RECORD_MEMORY = 1_500  # bytes of an open manifest for each shard
 _WINDOW_ROWS = 4096  # of rows on disk that are read at once
 
@@ -148,7 +148,7 @@ def estimate_writer_memory(size: CacheSize, classes: int) -> int:
         size: Of the cache.
         classes: K.
     """
-    computed_rows = min(size.shard_rows, max(1, _BLOCK_NUMBERS // classes))
+    computed_rows = min(size.shard_rows, max(1, BLOCK_NUMBERS // classes))
     return computed_rows * (4 + _CODEC_BYTES) * classes + 4 * size.shard_rows * size.row_bytes
 
 

@@ -516,7 +516,7 @@ class LoaderSource:
 
     @property
     def codec(self) -> tuple[str, str]:
-        """Name and kind of the codec of the logits; of several caches that of the first one, see check_same_codecs."""
+        """Name and kind of the codec of the logits; several caches store all logits, see check_same_views."""
         return self.cache.reader.codec_name, self.cache.reader.codec.kind
 
     @property

@@ -12,10 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _WEYL = np.uint64(0x9E3779B97F4A7C15)
-_BUCKET, _CHUNK = (
-    1 << 16,
-    1 << 18,
-)  # numbers sorted, and distributed, at once: they fit in a processor's cache
+_BUCKET, _CHUNK = 1 << 16, 1 << 18  # numbers sorted, and distributed, at once: they fit in a processor's cache
 Key = tuple[int | NDArray[np.int64], ...]
 
 

@@ -8,8 +8,8 @@ from softcache.data.tasks import CLASSES, HardTargets
 from softcache.pipeline.cache.codecs import SAMPLE, Codec, RowKeys, measure_fidelity, measure_sample
 from softcache.pipeline.cache.manifest import SPLITS
 from softcache.pipeline.cache.shards import Arrays
+from softcache.pipeline.cache.sizes import BLOCK_NUMBERS
 
-_BLOCK_NUMBERS = 1 << 26  # logits in float32 that are kept: 256 MB
 _ENCODED_NUMBERS = 1 << 18  # that are encoded at once: top:100 of 21,841 classes takes 0.6 ms a row, all at once 4.5
 
 
@@ -59,7 +59,7 @@ class ShardEncoder:
 
     def __init__(self, codec: Codec, classes: int, batch_rows: int, keys: RowKeys, labels: HardTargets, task: str):
         self.codec, self.keys, self.labels, self.task = codec, keys, labels, task
-        block = max(1, _BLOCK_NUMBERS // (classes * batch_rows)) * batch_rows
+        block = max(1, BLOCK_NUMBERS // (classes * batch_rows)) * batch_rows
         self._logits = np.empty((min(block, len(keys)), classes), np.float32)
         self._filled = 0  # rows of the block
         self._parts: list[tuple[Arrays, dict[str, float]]] = []

@@ -103,7 +103,9 @@ class TargetGenerator:
         codec, labels, task = find_codec(self.config.codec), split.labels[index], self.transfer_set.task
         crcs = np.empty(spec.rows, np.uint32)
         keys = make_row_keys(self.config.seed, spec.split, spec.draw, index)
-        encoder = ShardEncoder(codec, self.classes, self.config.batch_size, keys, labels, task)
+        encoder = None
+        if "logits" in spec.datasets:  # else the shard adds taps to rows whose logits are stored
+            encoder = ShardEncoder(codec, self.classes, self.config.batch_size, keys, labels, task)
         features = {
             tap: np.empty((spec.rows, *shape), np.float16)
             for tap, shape in self.shapes.items()
@@ -117,7 +119,8 @@ class TargetGenerator:
                 has_probabilities = self.inference.outputs == PROBABILITIES
                 if has_probabilities and self.inference.task == LABELS:
                     _check_log_odds(batch_logits, spec=spec, index=index[rows])
-                logits = encoder.next_rows(len(batch_crcs))
+                n = len(batch_crcs)
+                logits = encoder.next_rows(n) if encoder else np.empty((n, self.classes), np.float32)
                 _store_batch(batch_logits, logits, codec.max_value, spec=spec, index=index[rows], name="output")
                 for tap, values in features.items():
                     _store_batch(
@@ -139,7 +142,7 @@ class TargetGenerator:
             "label": labels.astype("<i4" if labels.ndim == 1 else labels.dtype.newbyteorder("<")),
             "view_crc32": crcs.astype("<u4"),
         }
-        if "logits" not in spec.datasets:
+        if encoder is None:
             return arrays, {}
         encoded, measurements = encoder.finish()
         return {**encoded, **arrays}, measurements
